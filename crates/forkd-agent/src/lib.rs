@@ -1,0 +1,1 @@
+//! PID 1 and agent inside a guest.

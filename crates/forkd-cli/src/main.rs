@@ -1,0 +1,3 @@
+//! The `forkd` program.
+
+fn main() {}

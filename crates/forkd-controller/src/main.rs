@@ -1,0 +1,3 @@
+//! The daemon program: wiring of node and API.
+
+fn main() {}

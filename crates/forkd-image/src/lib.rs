@@ -1,0 +1,1 @@
+//! Root disks, guest kernels and initramfs images from what a user has.

@@ -1,0 +1,1 @@
+//! A Linux machine under QEMU with nested KVM, for hosts without usable KVM.

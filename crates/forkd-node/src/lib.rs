@@ -1,0 +1,1 @@
+//! Every sandbox of this host: zygotes, lifecycle, state database, adoption.

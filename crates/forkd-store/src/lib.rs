@@ -1,0 +1,1 @@
+//! Snapshot directories and content-addressed blobs on disk: published whole, verified, swept.

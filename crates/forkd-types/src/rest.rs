@@ -1,0 +1,387 @@
+//! The JSON bodies of the REST API, `/v1`.
+//!
+//! Field names, order, presence and defaults are what existing clients rely on. Additions are
+//! optional fields, which those clients ignore. Times are Unix seconds; sizes are bytes unless the
+//! name says otherwise; durations say their unit in the name.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{SandboxId, StageTimings, Tag};
+
+/// The version of the API that `GET /version` reports.
+pub const API_VERSION: &str = "v1";
+
+/// The guest agent's address as every sandbox reports it; it is the same inside each network
+/// namespace.
+pub const GUEST_ADDR: &str = "10.42.0.2:8888";
+
+/// The most children that one spawn may ask for.
+pub const SPAWN_LIMIT: u32 = 1000;
+
+/// Body of every error answer.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct ErrorBody {
+    /// What went wrong, on which object, and what would be right.
+    pub error: String,
+    /// Stable machine-readable code, for example `snapshot_not_found`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub code: Option<String>,
+}
+
+/// `GET /healthz`.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Health {
+    /// Always true when the daemon answers at all.
+    pub ok: bool,
+}
+
+/// `GET /version`.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Version {
+    /// The daemon's version.
+    pub version: String,
+    /// [`API_VERSION`].
+    pub api: String,
+}
+
+/// `POST /v1/sandboxes`.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct SpawnRequest {
+    /// The snapshot to fork.
+    pub snapshot_tag: String,
+    /// How many children, 1 to [`SPAWN_LIMIT`].
+    #[serde(default = "one")]
+    pub n: u32,
+    /// Give each child its own network namespace.
+    #[serde(default)]
+    pub per_child_netns: bool,
+    /// Memory limit of each child's monitor.
+    #[serde(default)]
+    pub memory_limit_mib: Option<u64>,
+    /// Accepted for existing clients; children need no warming.
+    #[serde(default)]
+    pub prewarm: bool,
+    /// Accepted for existing clients; every child can be branched while it runs.
+    #[serde(default)]
+    pub live_fork: bool,
+    /// Back the zygote's memory with huge pages.
+    #[serde(default)]
+    pub hugepages: bool,
+}
+
+fn one() -> u32 {
+    1
+}
+
+/// One sandbox. All keys are always present, in this order.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct SandboxInfo {
+    /// Identity, `sb-…`.
+    pub id: SandboxId,
+    /// The snapshot it was forked from.
+    pub snapshot_tag: Tag,
+    /// Its network namespace, if it has one.
+    pub netns: Option<String>,
+    /// [`GUEST_ADDR`].
+    pub guest_addr: String,
+    /// Creation time.
+    pub created_at_unix: u64,
+    /// Process id of its monitor.
+    pub pid: Option<u32>,
+    /// Memory limit of its monitor.
+    pub memory_limit_mib: Option<u64>,
+    /// Whether it was ever branched.
+    pub has_branched: bool,
+    /// Memory file of its newest branch.
+    pub last_branch_memory_path: Option<String>,
+    /// How often it was branched.
+    pub branch_count: u64,
+}
+
+/// One child that did not come up, in a [`SpawnReport`].
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct SpawnFailure {
+    /// The id it would have had.
+    pub id: SandboxId,
+    /// What went wrong.
+    pub error: String,
+}
+
+/// How long one child took to come up.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct SpawnTimings {
+    /// The child.
+    pub id: SandboxId,
+    /// From the request's arrival until the child's agent answered.
+    pub answered_us: u64,
+    /// Where that time went, as the monitor and the node saw it.
+    pub stages: StageTimings,
+}
+
+/// `POST /v1/sandboxes?detail=true`: what the plain array cannot say.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct SpawnReport {
+    /// The children that are up and whose agent answered.
+    pub sandboxes: Vec<SandboxInfo>,
+    /// The children that are not.
+    pub failures: Vec<SpawnFailure>,
+    /// Stage timings of each child that is up.
+    pub timings: Vec<SpawnTimings>,
+    /// From the request's arrival until the last child's agent answered.
+    pub total_us: u64,
+}
+
+/// `GET /v1/sandboxes/:id/memory`: what one child costs the host.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct SandboxMemory {
+    /// Proportional set size of the monitor.
+    pub pss_bytes: u64,
+    /// Pages that only this monitor holds, page tables not counted.
+    pub private_bytes: u64,
+    /// Page tables of the monitor.
+    pub page_table_bytes: u64,
+    /// Guest pages that differ from the snapshot.
+    pub guest_dirty_bytes: u64,
+}
+
+/// `POST /v1/sandboxes/:id/exec`.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct ExecRequest {
+    /// The program and its arguments; no shell.
+    pub args: Vec<String>,
+    /// The process group is killed after this long.
+    #[serde(default = "thirty")]
+    pub timeout_secs: u64,
+    /// Environment added to the agent's.
+    #[serde(default)]
+    pub env: Vec<(String, String)>,
+    /// Working directory.
+    #[serde(default)]
+    pub cwd: Option<String>,
+    /// User name or numeric id.
+    #[serde(default)]
+    pub user: Option<String>,
+    /// Text for standard input; without it standard input is empty.
+    #[serde(default)]
+    pub stdin: Option<String>,
+}
+
+fn thirty() -> u64 {
+    30
+}
+
+/// Answer of `exec`. Output that is not UTF-8 has its bad bytes replaced.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct ExecResponse {
+    /// Standard output.
+    pub stdout: String,
+    /// Standard error; also says why a program could not be started.
+    pub stderr: String,
+    /// Exit code; negative signal number when killed by a signal; 1 when it could not be started.
+    pub exit_code: i32,
+    /// Set when the time limit ended it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub timed_out: bool,
+}
+
+/// `POST /v1/sandboxes/:id/eval`.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct EvalRequest {
+    /// Source text.
+    pub code: String,
+    /// `python` or `node`; the guest's default when absent.
+    #[serde(default)]
+    pub language: Option<String>,
+    /// The evaluation is abandoned after this long.
+    #[serde(default = "thirty")]
+    pub timeout_secs: u64,
+}
+
+/// Answer of `eval`.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct EvalResponse {
+    /// `repr` of the value (Python) or its JSON text (Node).
+    pub result: Option<String>,
+    /// The error with its traceback.
+    pub error: Option<String>,
+    /// 0, or 1 on error.
+    pub exit_code: i32,
+    /// What the code printed.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub stdout: String,
+}
+
+/// Whether a snapshot can be used.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SnapshotStatus {
+    /// Whole and usable.
+    Ready,
+    /// Being written.
+    Writing,
+    /// Not usable; `warning` says why.
+    Failed,
+}
+
+/// One snapshot. Absent optional fields are left out.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct SnapshotInfo {
+    /// Name.
+    pub tag: Tag,
+    /// Directory, on the daemon's host.
+    pub dir: String,
+    /// Creation time.
+    pub created_at_unix: u64,
+    /// The sandbox it was branched from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub branched_from: Option<String>,
+    /// How long its source stood still.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pause_ms: Option<u64>,
+    /// Why it cannot be used.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub warning: Option<String>,
+    /// Whether it can be used.
+    pub status: SnapshotStatus,
+    /// `status` is ready.
+    pub bootable: bool,
+    /// Guest memory size.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_bytes: Option<u64>,
+    /// What the snapshot occupies on disk, its root disk not counted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stored_bytes: Option<u64>,
+}
+
+/// `POST /v1/bakes`: boot a root disk, warm it, snapshot it. Answered by a stream of [`BakeEvent`],
+/// one JSON object a line.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct BakeRequest {
+    /// Name of the snapshot to make.
+    pub tag: String,
+    /// Digest of a root disk that was uploaded before (`PUT /v1/blobs/:digest`).
+    pub disk: String,
+    /// Digest of an uploaded kernel.
+    pub kernel: String,
+    /// Digest of an uploaded initramfs.
+    pub initramfs: String,
+    /// vCPUs, 1 to 8.
+    #[serde(default = "one")]
+    pub vcpus: u32,
+    /// Guest memory, 128 to 16384 MiB.
+    #[serde(default = "default_memory")]
+    pub memory_mib: u64,
+    /// Commands run before the snapshot, each must exit 0.
+    #[serde(default)]
+    pub run: Vec<Vec<String>>,
+    /// Source run in a language's warm runtime before the snapshot, each must succeed.
+    #[serde(default)]
+    pub warm: Vec<WarmStep>,
+    /// How long the guest may take to reach its agent.
+    #[serde(default = "default_boot_timeout")]
+    pub boot_timeout_secs: u64,
+    /// Kernel command line added to the built-in one.
+    #[serde(default)]
+    pub kernel_args: Option<String>,
+    /// Replace a snapshot of the same tag.
+    #[serde(default)]
+    pub replace: bool,
+}
+
+fn default_memory() -> u64 {
+    512
+}
+
+fn default_boot_timeout() -> u64 {
+    180
+}
+
+/// One statement run in a warm runtime.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct WarmStep {
+    /// `python` or `node`.
+    pub language: String,
+    /// Source text.
+    pub code: String,
+}
+
+/// Progress of a bake.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum BakeEvent {
+    /// A step began.
+    Step {
+        /// What is being done, for a person.
+        message: String,
+    },
+    /// A piece of the guest's console.
+    Console {
+        /// Text as it came.
+        text: String,
+    },
+    /// The snapshot is there.
+    Done {
+        /// The new snapshot.
+        snapshot: SnapshotInfo,
+        /// Where the time went.
+        stages: StageTimings,
+    },
+    /// The bake failed; nothing was published.
+    Failed {
+        /// Why, with the end of the guest's console where that helps.
+        error: String,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sandbox_is_written_with_every_key_in_the_known_order() {
+        let info = SandboxInfo {
+            id: SandboxId::new(0x6b02_c814, 0),
+            snapshot_tag: "py".parse().expect("legal tag"),
+            netns: None,
+            guest_addr: GUEST_ADDR.to_owned(),
+            created_at_unix: 1_795_344_404,
+            pid: Some(4724),
+            memory_limit_mib: None,
+            has_branched: false,
+            last_branch_memory_path: None,
+            branch_count: 0,
+        };
+        assert_eq!(
+            serde_json::to_string(&info).expect("plain data"),
+            r#"{"id":"sb-6b02c814-0000","snapshot_tag":"py","netns":null,"guest_addr":"10.42.0.2:8888","created_at_unix":1795344404,"pid":4724,"memory_limit_mib":null,"has_branched":false,"last_branch_memory_path":null,"branch_count":0}"#
+        );
+    }
+
+    #[test]
+    fn a_minimal_spawn_request_gets_the_documented_defaults() {
+        let request: SpawnRequest = serde_json::from_str(r#"{"snapshot_tag":"py","unknown":1}"#).expect("valid");
+        assert_eq!((request.n, request.per_child_netns, request.memory_limit_mib), (1, false, None));
+        assert!(serde_json::from_str::<SpawnRequest>(r#"{"snapshot_tag":"py","n":-1}"#).is_err());
+        assert!(serde_json::from_str::<SpawnRequest>("{}").is_err());
+    }
+
+    #[test]
+    fn a_snapshot_leaves_out_what_it_does_not_know() {
+        let info = SnapshotInfo {
+            tag: "py".parse().expect("legal tag"),
+            dir: "/s/py".to_owned(),
+            created_at_unix: 7,
+            branched_from: None,
+            pause_ms: None,
+            warning: None,
+            status: SnapshotStatus::Ready,
+            bootable: true,
+            memory_bytes: None,
+            stored_bytes: None,
+        };
+        assert_eq!(
+            serde_json::to_string(&info).expect("plain data"),
+            r#"{"tag":"py","dir":"/s/py","created_at_unix":7,"status":"ready","bootable":true}"#
+        );
+    }
+}

@@ -1,0 +1,1 @@
+//! One virtual machine: boot, vCPU threads, quiesce, save, restore, fork.

@@ -1,0 +1,3 @@
+//! One virtual machine: boot, vCPU threads, quiesce, save, restore, fork.
+
+fn main() {}
