@@ -261,6 +261,11 @@ impl Layer {
         &self.file
     }
 
+    /// Gives the index up and keeps the file.
+    pub fn into_file(self) -> File {
+        self.file
+    }
+
     /// How many pages the layer describes, stored or not.
     pub fn pages(&self) -> PageCount {
         self.pages

@@ -1,1 +1,51 @@
 //! Every sandbox of this host: zygotes, lifecycle, state database, adoption.
+//!
+//! The node drives monitor processes (`forkd-vmm`) over their control sockets and speaks with the
+//! agents in their guests. It owns which sandboxes exist and what state they are in; it never
+//! touches guest memory, knows nothing of HTTP, and holds no KVM descriptor beyond the one it hands
+//! to each monitor.
+//!
+//! | module | owns |
+//! |---|---|
+//! | [`Node`] | the operations that the API offers |
+//! | `control` | the connection to one monitor: commands out, events in |
+//! | `process` | one process, held by pidfd and start time |
+//! | `launch` | starting a fresh monitor |
+//! | `zygotes` | one warm monitor per snapshot and backing |
+//! | `spawn` | many children at once, each with its own failure |
+//! | `sandbox` | the lifecycle of one child |
+//! | `adoption` | finding running sandboxes again after a restart |
+//! | `bake` | boot, warm, snapshot |
+//! | `guest` | requests to the agent in a guest |
+//! | `run_files` | sockets, consoles and scratch files |
+//! | `database` | what must outlive this process |
+
+mod adoption;
+mod bake;
+mod cgroup;
+mod config;
+mod console;
+mod control;
+mod cpu;
+mod database;
+mod error;
+mod guest;
+mod host;
+mod launch;
+mod memory;
+mod node;
+mod process;
+mod run_files;
+mod sandbox;
+mod snapshots;
+mod spawn;
+mod zygotes;
+
+pub use config::{NodeConfig, NodeConfigError};
+pub use control::MonitorError;
+pub use database::DatabaseError;
+pub use error::{NodeError, NodeResult};
+pub use guest::{GuestConnection, GuestError};
+pub use launch::LaunchError;
+pub use node::{BlobUpload, Node, NodeGauges};
+pub use snapshots::{Removal, SnapshotDetail, VerifyProgress};

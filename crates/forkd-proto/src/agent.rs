@@ -26,6 +26,12 @@ pub const PROTOCOL_VERSION: u32 = 1;
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(tag = "op", rename_all = "snake_case")]
 pub enum Request {
+    /// First frame of a connection to an agent that wants a token (TCP); answered by `Done`, after
+    /// which the connection's one request follows. Agents without a token answer `Done` too.
+    Hello {
+        /// The shared secret.
+        token: String,
+    },
     /// Is the agent there, and what is in the guest?
     Ping,
     /// Take on the identity of a fresh copy; the first request after every fork.

@@ -185,12 +185,18 @@ pub enum Event {
         /// Where the time went.
         stages: StageTimings,
     },
-    /// To `Pages`.
+    /// To `Pages`. Lists that would not fit a message are coarsened: their runs then also cover gaps.
     Pages {
         /// Pages present in the monitor, file-backed or private.
         present: Vec<forkd_types::PageRun>,
         /// Pages private to this monitor and its forks.
         private: Vec<forkd_types::PageRun>,
+        /// How many pages are present, exactly.
+        #[serde(default)]
+        present_count: u64,
+        /// How many pages are private, exactly.
+        #[serde(default)]
+        private_count: u64,
     },
     /// The machine stopped; the monitor exits after this.
     Stopped {
@@ -202,6 +208,39 @@ pub enum Event {
         /// What was attempted, on which object, and why it failed.
         error: String,
     },
+}
+
+/// The most runs of one list in [`Event::Pages`]; two such lists fit a message.
+const RUNS_LIMIT: usize = 8192;
+
+impl Event {
+    /// The answer to `Pages`, from ascending runs.
+    pub fn pages(present: &[forkd_types::PageRun], private: &[forkd_types::PageRun]) -> Self {
+        Self::Pages {
+            present: coarsen(present),
+            private: coarsen(private),
+            present_count: forkd_types::PageRun::total(present).0,
+            private_count: forkd_types::PageRun::total(private).0,
+        }
+    }
+}
+
+/// Joins runs across ever larger gaps until at most [`RUNS_LIMIT`] are left.
+fn coarsen(runs: &[forkd_types::PageRun]) -> Vec<forkd_types::PageRun> {
+    let mut coarse = runs.to_vec();
+    let mut gap = 1;
+    while coarse.len() > RUNS_LIMIT {
+        let mut joined: Vec<forkd_types::PageRun> = Vec::with_capacity(coarse.len() / 2);
+        for run in coarse {
+            match joined.last_mut() {
+                Some(last) if run.first - last.end() <= gap => last.count = run.end() - last.first,
+                _ => joined.push(run),
+            }
+        }
+        coarse = joined;
+        gap *= 2;
+    }
+    coarse
 }
 
 /// What a snapshot writer knows about what it wrote.
@@ -323,6 +362,16 @@ mod tests {
         copy.read_to_string(&mut text).expect("read");
         assert_eq!(text, "carried");
         assert!(matches!(receive::<Command>(&there), Err(FrameError::Closed)));
+    }
+
+    #[test]
+    fn long_page_lists_are_coarsened_until_they_fit_one_message() {
+        let runs: Vec<_> = (0..100_000).map(|n| forkd_types::PageRun { first: n * 3 + n / 7, count: 1 }).collect();
+        let event = Event::pages(&runs, &runs);
+        crate::frame::Frame::json(Kind::Request, &event).expect("fits");
+        let Event::Pages { present, present_count, .. } = event else { panic!("not pages") };
+        assert_eq!(present_count, 100_000);
+        assert!(runs.iter().all(|run| present.iter().any(|wide| wide.first <= run.first && run.end() <= wide.end())));
     }
 
     #[test]

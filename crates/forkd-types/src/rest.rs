@@ -73,7 +73,7 @@ fn one() -> u32 {
     1
 }
 
-/// One sandbox. All keys are always present, in this order.
+/// One sandbox. All keys but the last are always present, in this order.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct SandboxInfo {
     /// Identity, `sb-…`.
@@ -96,6 +96,9 @@ pub struct SandboxInfo {
     pub last_branch_memory_path: Option<String>,
     /// How often it was branched.
     pub branch_count: u64,
+    /// How it ended, when its monitor ended by itself; left out while it runs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stopped: Option<String>,
 }
 
 /// One child that did not come up, in a [`SpawnReport`].
@@ -350,6 +353,7 @@ mod tests {
             has_branched: false,
             last_branch_memory_path: None,
             branch_count: 0,
+            stopped: None,
         };
         assert_eq!(
             serde_json::to_string(&info).expect("plain data"),

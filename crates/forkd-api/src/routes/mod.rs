@@ -1,0 +1,8 @@
+//! The handlers, one file per kind of object.
+
+pub(crate) mod agent;
+pub(crate) mod bakes;
+pub(crate) mod blobs;
+pub(crate) mod discovery;
+pub(crate) mod sandboxes;
+pub(crate) mod snapshots;

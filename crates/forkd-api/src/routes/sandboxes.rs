@@ -1,0 +1,132 @@
+//! Spawning, listing and ending sandboxes, and requests to them.
+
+use std::time::Instant;
+
+use axum::Json as Answer;
+use axum::extract::State;
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use forkd_node::NodeError;
+use forkd_types::rest::{
+    EvalRequest, EvalResponse, ExecRequest, ExecResponse, SandboxInfo, SandboxMemory, SpawnRequest,
+};
+use serde::{Deserialize, Serialize};
+
+use crate::error::ApiResult;
+use crate::extract::{Json, Query};
+use crate::router::{Api, Segment};
+
+/// How many children of a spawn failed; only on answers of which some did.
+const FAILED_HEADER: &str = "forkd-failed";
+
+#[derive(Deserialize)]
+pub(crate) struct SpawnQuery {
+    #[serde(default)]
+    detail: bool,
+}
+
+/// `POST /v1/sandboxes`: an array of the children that are up, or with `detail=true` a report on
+/// all of them.
+pub(crate) async fn spawn(
+    State(api): State<Api>,
+    Query(query): Query<SpawnQuery>,
+    Json(request): Json<SpawnRequest>,
+) -> ApiResult<Response> {
+    let arrived = Instant::now();
+    let report = api.node.spawn(&request, arrived).await?;
+    if report.sandboxes.is_empty() {
+        let tag = request.snapshot_tag.parse().map_err(NodeError::from)?;
+        let first = report.failures.into_iter().next().map(|failure| failure.error).unwrap_or_default();
+        return Err(NodeError::AllFailed { tag, n: request.n, first }.into());
+    }
+    let failed = report.failures.len();
+    let mut response = if query.detail {
+        (StatusCode::CREATED, Answer(report)).into_response()
+    } else {
+        (StatusCode::CREATED, Answer(report.sandboxes)).into_response()
+    };
+    if failed > 0 {
+        response.headers_mut().insert(FAILED_HEADER, failed.into());
+    }
+    Ok(response)
+}
+
+/// `GET /v1/sandboxes`.
+pub(crate) async fn list(State(api): State<Api>) -> Answer<Vec<SandboxInfo>> {
+    Answer(api.node.sandboxes())
+}
+
+/// `GET /v1/sandboxes/:id`.
+pub(crate) async fn get(State(api): State<Api>, segment: Segment) -> ApiResult<Answer<SandboxInfo>> {
+    Ok(Answer(api.node.sandbox(&segment.sandbox()?)?))
+}
+
+/// `DELETE /v1/sandboxes/:id`.
+pub(crate) async fn kill(State(api): State<Api>, segment: Segment) -> ApiResult<StatusCode> {
+    api.node.kill(&segment.sandbox()?)?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// `POST /v1/sandboxes/:id/exec`.
+pub(crate) async fn exec(
+    State(api): State<Api>,
+    segment: Segment,
+    Json(request): Json<ExecRequest>,
+) -> ApiResult<Answer<ExecResponse>> {
+    Ok(Answer(api.node.exec(&segment.sandbox()?, request).await?))
+}
+
+/// `POST /v1/sandboxes/:id/eval`.
+pub(crate) async fn eval(
+    State(api): State<Api>,
+    segment: Segment,
+    Json(request): Json<EvalRequest>,
+) -> ApiResult<Answer<EvalResponse>> {
+    Ok(Answer(api.node.eval(&segment.sandbox()?, request).await?))
+}
+
+/// `POST /v1/sandboxes/:id/ping`: the keys that clients of the older agent read, and what this
+/// agent tells besides.
+#[derive(Serialize)]
+pub(crate) struct PingAnswer {
+    pong: bool,
+    numpy_version: String,
+    pid: u32,
+    agent_lang: String,
+    warmup_ready: bool,
+    protocol: u32,
+    agent: String,
+    kernel: String,
+    warm: Vec<String>,
+    sandbox_id: String,
+    uptime_ns: u64,
+}
+
+/// `POST /v1/sandboxes/:id/ping`. Body and content type are ignored.
+pub(crate) async fn ping(State(api): State<Api>, segment: Segment) -> ApiResult<Answer<PingAnswer>> {
+    let pong = api.node.ping(&segment.sandbox()?).await?;
+    Ok(Answer(PingAnswer {
+        pong: true,
+        numpy_version: pong.numpy_version.unwrap_or_else(|| "not-installed".to_owned()),
+        pid: 1,
+        agent_lang: pong.warm.first().cloned().unwrap_or_else(|| "python".to_owned()),
+        warmup_ready: true,
+        protocol: pong.protocol,
+        agent: pong.agent,
+        kernel: pong.kernel,
+        warm: pong.warm,
+        sandbox_id: pong.sandbox_id,
+        uptime_ns: pong.uptime_ns,
+    }))
+}
+
+/// `GET /v1/sandboxes/:id/memory`.
+pub(crate) async fn memory(State(api): State<Api>, segment: Segment) -> ApiResult<Answer<SandboxMemory>> {
+    Ok(Answer(api.node.memory(&segment.sandbox()?).await?))
+}
+
+/// `GET /v1/sandboxes/:id/console`.
+pub(crate) async fn console(State(api): State<Api>, segment: Segment) -> ApiResult<Response> {
+    let bytes = api.node.console(&segment.sandbox()?).await?;
+    Ok(([(header::CONTENT_TYPE, "text/plain; charset=utf-8")], bytes).into_response())
+}

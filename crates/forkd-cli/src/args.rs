@@ -1,0 +1,159 @@
+//! The command line: verbs, and the options that all of them share.
+
+use clap::{Args, CommandFactory, Parser, Subcommand};
+
+use crate::bench::BenchArgs;
+use crate::commands::bake::{FromImageArgs, SnapshotArgs};
+use crate::commands::eval::EvalArgs;
+use crate::commands::exec::ExecArgs;
+use crate::commands::fork::ForkArgs;
+use crate::commands::images::{ImagesArgs, RmiArgs, SnapshotInfoArgs, VerifyArgs};
+use crate::commands::kernel::KernelArgs;
+use crate::commands::machine::MachineArgs;
+use crate::commands::ping::PingArgs;
+use crate::commands::quickstart::QuickstartArgs;
+use crate::commands::sandboxes::{KillArgs, LogsArgs, LsArgs};
+use crate::commands::spawn::SpawnArgs;
+use crate::commands::{Context, where_};
+use crate::data_dir::DataDir;
+use crate::doctor::DoctorArgs;
+use crate::endpoint::DaemonChoice;
+use crate::environment;
+use crate::progress::Progress;
+
+/// Fork a warmed Linux microVM into running children.
+///
+/// Boot and warm a machine once, snapshot it, and fork running copies of it in about the time that
+/// fork(2) takes.
+#[derive(Parser, Debug)]
+#[command(name = "forkd", version, propagate_version = true, after_help = EXIT_CODES, max_term_width = 100)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    shared: SharedArgs,
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXIT_CODES: &str = "\
+Exit codes: 0 success; 1 failure; 2 wrong command line; 130 and 143 stopped by a signal;
+exec and machine exec end with the command's own code.
+
+Start here: forkd quickstart";
+
+/// Options of every verb.
+#[derive(Args, Debug)]
+struct SharedArgs {
+    /// Say nothing on standard error but warnings and errors
+    #[arg(short, long, global = true)]
+    quiet: bool,
+    /// The daemon's address, http://HOST:PORT or unix:///PATH; found or started when absent
+    #[arg(long, global = true, value_name = "URL", env = environment::FORKD_URL, help_heading = "Daemon")]
+    daemon_url: Option<String>,
+    /// The daemon's bearer token
+    #[arg(long, global = true, value_name = "TOKEN", env = environment::FORKD_TOKEN, hide_env_values = true,
+          help_heading = "Daemon")]
+    daemon_token: Option<String>,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    /// From nothing to ten forked children that answer
+    Quickstart(QuickstartArgs),
+    /// Check this host and say what is missing
+    Doctor(DoctorArgs),
+    /// Build a root disk, boot and warm it, and snapshot it
+    FromImage(FromImageArgs),
+    /// Boot a kernel and a root disk that you have, warm it, and snapshot it
+    Snapshot(SnapshotArgs),
+    /// Fork children, hold them for a while, and kill them
+    Fork(ForkArgs),
+    /// Fork children that stay
+    Spawn(SpawnArgs),
+    /// List sandboxes
+    Ls(LsArgs),
+    /// Run a program in a sandbox
+    Exec(ExecArgs),
+    /// Evaluate source text in a sandbox's warm interpreter
+    Eval(EvalArgs),
+    /// Ask a sandbox's agent whether it is there
+    Ping(PingArgs),
+    /// Kill sandboxes
+    Kill(KillArgs),
+    /// Show a sandbox's console
+    Logs(LogsArgs),
+    /// List snapshots
+    Images(ImagesArgs),
+    /// Remove snapshots
+    Rmi(RmiArgs),
+    /// Show everything about one snapshot
+    SnapshotInfo(SnapshotInfoArgs),
+    /// Recompute every digest of a snapshot
+    Verify(VerifyArgs),
+    /// Measure, next to the floor of this host
+    Bench(BenchArgs),
+    /// Print the data directory
+    Where,
+    /// Guest kernels
+    Kernel(KernelArgs),
+    /// The Linux machine that runs forkd where KVM is missing or emulated
+    Machine(MachineArgs),
+    /// Print a completion script for a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+}
+
+impl Cli {
+    /// Resolves what all verbs share and runs the verb; the value is the exit code.
+    pub(crate) async fn run(self) -> anyhow::Result<u8> {
+        let context = Context {
+            progress: Progress::new(self.shared.quiet),
+            data: DataDir::resolve(|name| std::env::var_os(name)),
+            daemon: DaemonChoice {
+                url: self.shared.daemon_url.filter(|url| !url.is_empty()),
+                token: self.shared.daemon_token.filter(|token| !token.is_empty()),
+            },
+        };
+        match self.command {
+            Command::Quickstart(args) => args.run(&context).await,
+            Command::Doctor(args) => args.run(&context).await,
+            Command::FromImage(args) => args.run(&context).await,
+            Command::Snapshot(args) => args.run(&context).await,
+            Command::Fork(args) => args.run(&context).await,
+            Command::Spawn(args) => args.run(&context).await,
+            Command::Ls(args) => args.run(&context).await,
+            Command::Exec(args) => args.run(&context).await,
+            Command::Eval(args) => args.run(&context).await,
+            Command::Ping(args) => args.run(&context).await,
+            Command::Kill(args) => args.run(&context).await,
+            Command::Logs(args) => args.run(&context).await,
+            Command::Images(args) => args.run(&context).await,
+            Command::Rmi(args) => args.run(&context).await,
+            Command::SnapshotInfo(args) => args.run(&context).await,
+            Command::Verify(args) => args.run(&context).await,
+            Command::Bench(args) => args.run(&context).await,
+            Command::Where => where_(&context),
+            Command::Kernel(args) => args.run(&context).await,
+            Command::Machine(args) => args.run(&context).await,
+            Command::Completions { shell } => completions(shell),
+        }
+    }
+}
+
+fn completions(shell: clap_complete::Shell) -> anyhow::Result<u8> {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "forkd", &mut script);
+    crate::output::bytes(&script)?;
+    Ok(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

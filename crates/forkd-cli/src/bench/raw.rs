@@ -1,0 +1,334 @@
+//! `bench raw`: the monitor's fork against the floor of this host, in interleaved pairs.
+//!
+//! The floor is `limits/fork_limit.c`: one process maps guest memory, forks, and each child opens a
+//! KVM virtual machine over what it inherited and enters the guest. Ours is the same with the whole
+//! device model. Both run one after the other, many times, because a busy host slows both alike; the
+//! ratio of medians is the figure to quote.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use clap::Args;
+use forkd_types::ByteSize;
+use serde::Serialize;
+use serde_json::Value;
+use tokio::process::Command;
+
+use super::Host;
+use super::chart::Chart;
+use crate::commands::Context;
+use crate::failure::{Advise, advised};
+use crate::statistics::{Summary, median, summarise};
+use crate::{output, programs};
+
+/// The source of the floor, part of this program so that the benchmark needs no checkout.
+const FLOOR_SOURCE: &str = include_str!("../../../../limits/fork_limit.c");
+
+/// How long one run may take; a KVM that is emulated badly hangs rather than fails.
+const RUN_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// MiB of the image that hold data, floor and ours alike.
+const TOUCHED_MIB: u64 = 64;
+
+/// Arguments of `forkd bench raw`.
+#[derive(Args, Debug)]
+pub(crate) struct RawBenchArgs {
+    /// Children per run; may be given several times
+    #[arg(short, long, default_values_t = [1, 10, 100], value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    n: Vec<u32>,
+    /// Pairs of runs
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    runs: u32,
+    /// Guest memory
+    #[arg(long, default_value = "512M")]
+    memory: ByteSize,
+    /// Print the result as JSON
+    #[arg(long)]
+    json: bool,
+    /// Write a bar chart
+    #[arg(long, value_name = "FILE.svg")]
+    chart: Option<PathBuf>,
+}
+
+/// The figures for one number of children.
+#[derive(Debug, Serialize)]
+struct Result {
+    n: u32,
+    runs: u32,
+    memory_mib: u64,
+    /// Median wall time of the floor.
+    floor_ms: f64,
+    /// Median wall time of forkd.
+    ours_ms: f64,
+    /// `ours_ms` divided by `floor_ms`.
+    ratio: f64,
+    /// Median of the ratios of the pairs.
+    ratio_of_pairs: f64,
+    floor: Summary,
+    ours: Summary,
+    /// Median over the runs of each stage's median over the children, in the order they ran.
+    stages_us: Vec<(String, f64)>,
+}
+
+/// The whole report.
+#[derive(Debug, Serialize)]
+struct Report {
+    host: Host,
+    command: String,
+    results: Vec<Result>,
+}
+
+/// One number of children: the figures on top, and the machine they are from.
+#[derive(Debug, Serialize)]
+struct SingleReport<'a> {
+    #[serde(flatten)]
+    result: &'a Result,
+    host: &'a Host,
+    command: &'a str,
+}
+
+/// One run of ours.
+struct Run {
+    wall_ms: f64,
+    stages: Vec<(String, Vec<f64>)>,
+}
+
+impl RawBenchArgs {
+    pub(crate) async fn run(self, context: &Context) -> anyhow::Result<u8> {
+        let monitor = programs::companion("forkd-vmm")?;
+        let floor = compile_floor(&context.data.bench(), context).await?;
+        let memory_file = context.data.bench().join(format!("memory.{}", std::process::id()));
+        let mut results = Vec::new();
+        for &n in &self.n {
+            results.push(self.measure(n, &floor, &monitor, &memory_file, context).await?);
+        }
+        let report = Report { host: Host::here(), command: self.command(), results };
+        if let Some(path) = &self.chart {
+            std::fs::write(path, report.chart()).with_context(|| format!("could not write {}", path.display()))?;
+            context.progress.say(format_args!("✓ Chart in {}", path.display()));
+        }
+        match report.results.as_slice() {
+            [result] if self.json => {
+                output::json(&SingleReport { result, host: &report.host, command: &report.command })?;
+            }
+            _ if self.json => output::json(&report)?,
+            _ => report.print()?,
+        }
+        Ok(0)
+    }
+
+    async fn measure(
+        &self,
+        n: u32,
+        floor: &Path,
+        monitor: &Path,
+        memory_file: &Path,
+        context: &Context,
+    ) -> anyhow::Result<Result> {
+        let step = context.progress.step(format!("{n} children, {} pairs", self.runs));
+        step.set_items(self.runs.into());
+        let (mut floors, mut ours) = (Vec::new(), Vec::new());
+        for pair in 0..self.runs {
+            floors.push(self.run_floor(n, floor, memory_file).await?);
+            ours.push(self.run_ours(n, monitor).await?);
+            step.set_position(u64::from(pair) + 1);
+        }
+        step.done(format_args!("{n} children, {} pairs", self.runs));
+        let walls: Vec<f64> = ours.iter().map(|run| run.wall_ms).collect();
+        let (floor_ms, ours_ms) = (median(floors.iter().copied()), median(walls.iter().copied()));
+        Ok(Result {
+            n,
+            runs: self.runs,
+            memory_mib: self.memory.as_mib(),
+            floor_ms,
+            ours_ms,
+            ratio: ours_ms / floor_ms,
+            ratio_of_pairs: median(walls.iter().zip(&floors).map(|(ours, floor)| ours / floor)),
+            floor: summarise(floors),
+            ours: summarise(walls),
+            stages_us: stage_medians(&ours),
+        })
+    }
+
+    async fn run_floor(&self, n: u32, program: &Path, memory_file: &Path) -> anyhow::Result<f64> {
+        let mut command = Command::new(program);
+        command
+            .arg(self.memory.as_mib().to_string())
+            .arg(TOUCHED_MIB.min(self.memory.as_mib()).to_string())
+            .arg(n.to_string())
+            .arg("file")
+            .arg(memory_file);
+        let text = run(command, "the floor").await?;
+        parse_floor(&text, n).with_context(|| format!("the floor said: {}", text.trim()))
+    }
+
+    async fn run_ours(&self, n: u32, monitor: &Path) -> anyhow::Result<Run> {
+        let mut command = Command::new(monitor);
+        command.arg("bench-raw").arg("--n").arg(n.to_string());
+        command.arg("--memory-mib").arg(self.memory.as_mib().to_string()).arg("--json");
+        let text = run(command, "forkd-vmm bench-raw").await?;
+        parse_run(&text).with_context(|| format!("forkd-vmm bench-raw said: {}", text.trim()))
+    }
+
+    fn command(&self) -> String {
+        let counts: String = self.n.iter().map(|n| format!(" --n {n}")).collect();
+        format!("forkd bench raw{counts} --runs {} --memory {}M", self.runs, self.memory.as_mib())
+    }
+}
+
+impl Report {
+    fn print(&self) -> anyhow::Result<()> {
+        let mut table = output::table(&[
+            "CHILDREN",
+            "FLOOR ms p50",
+            "p90",
+            "FORKD ms p50",
+            "p90",
+            "p99",
+            "RATIO",
+            "FORKD ms/CHILD",
+        ]);
+        for result in &self.results {
+            table.add_row([
+                result.n.to_string(),
+                format!("{:.2}", result.floor_ms),
+                format!("{:.2}", result.floor.p90),
+                format!("{:.2}", result.ours_ms),
+                format!("{:.2}", result.ours.p90),
+                format!("{:.2}", result.ours.p99),
+                format!("{:.2}", result.ratio),
+                format!("{:.3}", result.ours_ms / f64::from(result.n)),
+            ]);
+        }
+        output::print_table(&mut table)?;
+        if let Some(largest) = self.results.iter().max_by_key(|result| result.n) {
+            let stages: Vec<String> = largest.stages_us.iter().map(|(name, us)| format!("{name} {:.0}", us)).collect();
+            output::line(format_args!("stages of one of {} children, µs: {}", largest.n, stages.join(", ")))?;
+        }
+        output::line(format_args!("{}\n{}", self.host.describe(), self.command))
+    }
+
+    fn chart(&self) -> String {
+        let groups: Vec<(String, Vec<f64>)> = self
+            .results
+            .iter()
+            .map(|result| (format!("{} ({:.2} ×)", result.n, result.ratio), vec![result.floor_ms, result.ours_ms]))
+            .collect();
+        Chart {
+            title: "Time until the last of N children is in its guest",
+            note: &format!("{}; {}", self.host.describe(), self.command),
+            unit: "ms",
+            series: &["floor: fork(2) and bare KVM", "forkd: whole monitor"],
+            groups: &groups,
+        }
+        .svg()
+    }
+}
+
+/// Compiles the floor, unless this very source was compiled before.
+async fn compile_floor(directory: &Path, context: &Context) -> anyhow::Result<PathBuf> {
+    let hash = blake3::hash(FLOOR_SOURCE.as_bytes()).to_hex();
+    let program = directory.join(format!("fork_limit-{}", &hash[..16]));
+    if program.is_file() {
+        return Ok(program);
+    }
+    let step = context.progress.step("Compiling the floor");
+    let compiler = programs::in_path("cc").or_else(|| programs::in_path("gcc")).ok_or_else(|| {
+        advised(
+            anyhow::anyhow!("no C compiler: the floor is compiled where it is measured"),
+            "sudo apt-get install gcc libc6-dev",
+        )
+    })?;
+    std::fs::create_dir_all(directory).with_context(|| format!("could not create {}", directory.display()))?;
+    let scratch = tempfile::tempdir_in(directory)?;
+    let source = scratch.path().join("fork_limit.c");
+    std::fs::write(&source, FLOOR_SOURCE)?;
+    let built = scratch.path().join("fork_limit");
+    let mut command = Command::new(compiler);
+    command.args(["-O2", "-static", "-o"]).arg(&built).arg(&source);
+    run(command, "cc").await.advise("sudo apt-get install gcc libc6-dev")?;
+    std::fs::rename(&built, &program)?;
+    step.done("Compiled the floor");
+    Ok(program)
+}
+
+/// Runs a program to its end within the time limit and gives its standard output.
+async fn run(mut command: Command, what: &str) -> anyhow::Result<String> {
+    let child = command.kill_on_drop(true).stdin(std::process::Stdio::null()).output();
+    let output = tokio::time::timeout(RUN_TIMEOUT, child)
+        .await
+        .map_err(|_| advised(anyhow::anyhow!("{what} did not end within {} s", RUN_TIMEOUT.as_secs()), "forkd doctor"))?
+        .with_context(|| format!("could not run {what}"))?;
+    if output.status.success() {
+        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
+    }
+    let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+    Err(advised(anyhow::anyhow!("{what} failed ({}): {said}", output.status), "forkd doctor   (is /dev/kvm usable?)"))
+}
+
+/// The wall time in what the floor prints: `… ran=N … last_child_in_guest_ms=X …`.
+fn parse_floor(text: &str, n: u32) -> anyhow::Result<f64> {
+    let field = |name: &str| text.split_whitespace().find_map(|word| word.strip_prefix(name)?.strip_prefix('='));
+    let ran: u32 = field("ran").and_then(|ran| ran.parse().ok()).context("it does not say how many children ran")?;
+    anyhow::ensure!(ran == n, "only {ran} of {n} children ran");
+    field("last_child_in_guest_ms").and_then(|ms| ms.parse().ok()).context("it does not say how long it took")
+}
+
+/// The last JSON object in what `forkd-vmm bench-raw` prints.
+fn parse_run(text: &str) -> anyhow::Result<Run> {
+    let line = text.lines().rev().find(|line| line.trim_start().starts_with('{')).context("there is no JSON in it")?;
+    let value: Value = serde_json::from_str(line)?;
+    let wall_ms = value.get("wall_ms").and_then(Value::as_f64).context("it has no wall_ms")?;
+    let mut stages: Vec<(String, Vec<f64>)> = Vec::new();
+    let children = value.get("per_child").and_then(Value::as_array).map_or(&[] as &[Value], Vec::as_slice);
+    let children = children.iter().map(|child| child.get("stages").unwrap_or(child));
+    for stage in children.filter_map(Value::as_array).flatten() {
+        let (Some(name), Some(us)) =
+            (stage.get("name").and_then(Value::as_str), stage.get("us").and_then(Value::as_f64))
+        else {
+            continue;
+        };
+        match stages.iter_mut().find(|(known, _)| known == name) {
+            Some((_, values)) => values.push(us),
+            None => stages.push((name.to_owned(), vec![us])),
+        }
+    }
+    Ok(Run { wall_ms, stages })
+}
+
+fn stage_medians(runs: &[Run]) -> Vec<(String, f64)> {
+    let mut medians: Vec<(String, Vec<f64>)> = Vec::new();
+    for (name, values) in runs.iter().flat_map(|run| &run.stages) {
+        let of_run = median(values.iter().copied());
+        match medians.iter_mut().find(|(known, _)| known == name) {
+            Some((_, values)) => values.push(of_run),
+            None => medians.push((name.clone(), vec![of_run])),
+        }
+    }
+    medians.into_iter().map(|(name, values)| (name, median(values))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_floor_is_read_and_missing_children_are_noticed() {
+        let text = "children=10 ran=10 backing=file mem_mib=512 touched_mib=64 forks_issued_ms=3.1 \
+                    last_child_in_guest_ms=9.4 per_child_ms=0.940\n";
+        assert_eq!(parse_floor(text, 10).expect("whole"), 9.4);
+        assert!(parse_floor(text, 11).is_err());
+        assert!(parse_floor("", 1).is_err());
+    }
+
+    #[test]
+    fn a_run_is_read_with_its_stages() {
+        let text = "{\"wall_ms\":12.5,\"per_child\":[[{\"name\":\"fork\",\"us\":100},{\"name\":\"vm\",\"us\":30}],\
+                    [{\"name\":\"fork\",\"us\":300},{\"name\":\"vm\",\"us\":10}]]}\n";
+        let run = parse_run(text).expect("whole");
+        assert_eq!(run.wall_ms, 12.5);
+        assert_eq!(stage_medians(&[run]), [("fork".to_owned(), 200.0), ("vm".to_owned(), 20.0)]);
+        assert!(parse_run("{}").is_err() && parse_run("").is_err());
+    }
+}

@@ -1,0 +1,76 @@
+//! `fork`: fork children, hold them in the foreground, kill them.
+
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use forkd_types::Tag;
+use forkd_types::rest::SPAWN_LIMIT;
+
+use super::Context;
+use super::spawn::ChildOptions;
+use crate::children::Children;
+use crate::interrupt::Interrupts;
+use crate::output;
+
+/// Arguments of `forkd fork`.
+#[derive(Args, Debug)]
+pub(crate) struct ForkArgs {
+    /// The snapshot to fork
+    #[arg(long)]
+    tag: Tag,
+    /// How many children
+    #[arg(short, long, value_parser = clap::value_parser!(u32).range(0..=i64::from(SPAWN_LIMIT)))]
+    n: u32,
+    /// How long to hold the children
+    #[arg(long, value_name = "SECONDS", default_value_t = 2)]
+    settle_secs: u64,
+    #[command(flatten)]
+    options: ChildOptions,
+    /// Accepted for existing scripts: there is no work directory
+    #[arg(long, hide = true)]
+    keep_workdir: bool,
+}
+
+impl ForkArgs {
+    pub(crate) async fn run(self, context: &Context) -> anyhow::Result<u8> {
+        if self.n == 0 {
+            print(Duration::ZERO, Duration::ZERO, Duration::ZERO, 0, 0)?;
+            return Ok(0);
+        }
+        let mut interrupts = Interrupts::catch()?;
+        let client = context.client().await?;
+        let began = Instant::now();
+        let request = self.options.request(&self.tag, self.n);
+        let children = Children::spawn(&client, &request, &mut interrupts, &context.progress).await?;
+        let total = began.elapsed();
+        let report = children.report();
+        // All sockets exist once the last child's monitor was forked; all restores have happened once
+        // the last child's vCPUs run. Both are read off the children's stages.
+        let latest = |last_stage: &str| {
+            let until = |stages: &forkd_types::StageTimings| {
+                let upto = stages.0.iter().position(|stage| stage.name == last_stage)?;
+                Some(stages.0[..=upto].iter().map(|stage| stage.us).sum::<u64>())
+            };
+            let us = report.timings.iter().filter_map(|timings| until(&timings.stages)).max();
+            us.map_or(total, Duration::from_micros).min(total)
+        };
+        for failure in &report.failures {
+            context.progress.warn(format_args!("{}: {}", failure.id, failure.error));
+        }
+        print(latest("fork"), latest("restore"), total, report.sandboxes.len(), self.n)?;
+        let settle = Duration::from_secs(self.settle_secs);
+        let held = children.scope(&mut interrupts, async {
+            tokio::time::sleep(settle).await;
+            Ok(())
+        });
+        held.await.map(|()| 0)
+    }
+}
+
+/// The four lines that existing scripts read.
+fn print(sockets: Duration, restores: Duration, total: Duration, alive: usize, n: u32) -> anyhow::Result<()> {
+    output::line(format_args!("sockets up:       {} ms", sockets.as_millis()))?;
+    output::line(format_args!("restores fired:   {} ms", restores.as_millis()))?;
+    output::line(format_args!("total wall-clock: {} ms", total.as_millis()))?;
+    output::line(format_args!("{alive} / {n} children alive"))
+}

@@ -1,0 +1,84 @@
+//! The verbs, one file each (or one for a few that belong together).
+//!
+//! A verb's arguments are a struct that resolves them; its `run` returns the exit code, or an error
+//! that `main` renders.
+
+pub(crate) mod bake;
+pub(crate) mod eval;
+pub(crate) mod exec;
+pub(crate) mod fork;
+pub(crate) mod images;
+pub(crate) mod kernel;
+pub(crate) mod machine;
+pub(crate) mod ping;
+pub(crate) mod quickstart;
+pub(crate) mod sandboxes;
+pub(crate) mod spawn;
+
+use crate::client::{Client, ClientError};
+use crate::data_dir::DataDir;
+use crate::endpoint::{self, DaemonChoice, Endpoint};
+use crate::failure::{UsageError, advised};
+use crate::output;
+use crate::progress::Progress;
+
+/// What every verb is given.
+#[derive(Clone, Debug)]
+pub(crate) struct Context {
+    /// Where progress goes.
+    pub(crate) progress: Progress,
+    /// Where files go.
+    pub(crate) data: DataDir,
+    /// What is known about the daemon.
+    pub(crate) daemon: DaemonChoice,
+}
+
+impl Context {
+    /// The daemon; started when there is none.
+    pub(crate) async fn endpoint(&self) -> anyhow::Result<Endpoint> {
+        endpoint::find_or_start(&self.daemon, &self.data, &self.progress).await
+    }
+
+    /// A client of the daemon; started when there is none.
+    pub(crate) async fn client(&self) -> anyhow::Result<Client> {
+        Ok(self.endpoint().await?.client)
+    }
+}
+
+/// `forkd where`.
+pub(crate) fn where_(context: &Context) -> anyhow::Result<u8> {
+    output::line(context.data.root().display())?;
+    Ok(0)
+}
+
+/// Adds to an error what to type when the sandbox is not there.
+fn sandbox_error(error: ClientError) -> anyhow::Error {
+    match error.status() {
+        Some(http::StatusCode::NOT_FOUND) => advised(error, "forkd ls"),
+        _ => error.into(),
+    }
+}
+
+/// Adds to an error what to type when the snapshot is not there or not usable.
+fn snapshot_error(error: ClientError) -> anyhow::Error {
+    match error.status() {
+        Some(http::StatusCode::NOT_FOUND) => {
+            advised(error, "forkd images   (or make one: forkd from-image debian:bookworm --tag NAME)")
+        }
+        Some(http::StatusCode::CONFLICT) => advised(error, "forkd images"),
+        _ => error.into(),
+    }
+}
+
+/// [`snapshot_error`] for an error that may have other causes.
+pub(crate) fn spawn_error(error: anyhow::Error) -> anyhow::Error {
+    match error.downcast::<ClientError>() {
+        Ok(error) => snapshot_error(error),
+        Err(error) => error,
+    }
+}
+
+/// The error for a verb that was given no sandbox.
+fn no_sandbox(verb: &str) -> anyhow::Error {
+    advised(UsageError(format!("no sandbox given: forkd {verb} SANDBOX …")), "forkd ls")
+}

@@ -1,0 +1,182 @@
+//! `quickstart`: from nothing to forked children that answer.
+//!
+//! Check the host, get a kernel, build a root disk, bake the snapshot `quickstart`, fork, run code in
+//! every child, show what it cost, kill them. What exists already is reused.
+
+mod report;
+
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use forkd_types::rest::{SPAWN_LIMIT, SnapshotStatus, WarmStep};
+use forkd_types::{ByteSize, Tag};
+
+use super::spawn::ChildOptions;
+use super::{Context, spawn_error};
+use crate::bake::{Recipe, bake};
+use crate::children::Children;
+use crate::client::Client;
+use crate::doctor::{Package, missing_packages};
+use crate::failure::advised;
+use crate::ingredients;
+use crate::interrupt::Interrupts;
+use crate::measurement::{evaluate, measure};
+use crate::{endpoint, machine, output, programs};
+
+/// The snapshot that the quick start makes and reuses.
+const TAG: &str = "quickstart";
+
+/// What every child computes first.
+const FIRST: &str = "numpy.zeros(5).tolist()";
+
+/// What the first evaluation must give.
+const FIRST_RESULT: &str = "[0.0, 0.0, 0.0, 0.0, 0.0]";
+
+/// What must differ between children: the host name, the kernel's generator, numpy's generator.
+const DIFFERING: &str = "\
+import os, json, socket
+print(json.dumps([socket.gethostname(), os.urandom(8).hex(), numpy.random.rand()]))";
+
+/// How long the guest may take until its agent answers; translated guests are slow.
+const BOOT_TIMEOUT: Duration = Duration::from_secs(300);
+
+/// Arguments of `forkd quickstart`.
+#[derive(Args, Debug)]
+pub(crate) struct QuickstartArgs {
+    /// How many children
+    #[arg(short, long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=i64::from(SPAWN_LIMIT)))]
+    n: u32,
+    /// The root disk to build
+    #[arg(long, value_name = "SOURCE", default_value = "debian:bookworm?include=python3-numpy")]
+    image: String,
+    /// Do not ask before downloading and building
+    #[arg(short, long)]
+    yes: bool,
+    /// Print the measurements as JSON
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    options: ChildOptions,
+}
+
+impl QuickstartArgs {
+    pub(crate) async fn run(self, context: &Context) -> anyhow::Result<u8> {
+        let began = Instant::now();
+        let mut interrupts = Interrupts::catch()?;
+        let tag: Tag = TAG.parse().expect("the constant is a legal tag");
+        let client = interrupts.guard(self.prepare(&tag, context)).await?;
+        let request = self.options.request(&tag, self.n);
+        let step = context.progress.step(format!("Forking {} children", self.n));
+        let children =
+            Children::spawn(&client, &request, &mut interrupts, &context.progress).await.map_err(spawn_error)?;
+        step.done(format_args!("Forked {} of {}; every agent answered", children.report().sandboxes.len(), self.n));
+        let spawn = children.report().clone();
+        let measured = {
+            let (client, children_ref) = (&client, &children);
+            let work = async {
+                let (measured, evaluated_us) = measure(client, children_ref, FIRST, &context.progress).await?;
+                let ids: Vec<_> = measured.iter().map(|child| child.id.clone()).collect();
+                let differing =
+                    evaluate(client, &ids, DIFFERING, "What differs between children", &context.progress).await;
+                Ok((measured, evaluated_us, differing))
+            };
+            interrupts.guard(work).await
+        };
+        children.kill().await;
+        let (measured, evaluated_us, differing) = measured?;
+        let report = report::Report::new(spawn, measured, differing, evaluated_us, began.elapsed());
+        if self.json {
+            output::json(&report)?;
+        } else {
+            report.print()?;
+        }
+        report.verdict(self.n, FIRST_RESULT)?;
+        context.progress.say("next: forkd spawn --tag quickstart -n 3; forkd ls; forkd exec SANDBOX -- uname -a");
+        Ok(0)
+    }
+
+    /// Says what will be installed, downloaded and built; asks unless told not to; installs.
+    async fn announce_work(&self, context: &Context) -> anyhow::Result<()> {
+        let step = context.progress.quick_step("Looking at this host");
+        let found = endpoint::find(&context.daemon, &context.data).await?;
+        let needs_machine = found.is_none() && !machine::probe().await.is_usable();
+        step.vanish();
+        let missing = missing_packages(needs_machine);
+        let mut work = Vec::new();
+        if !missing.is_empty() {
+            work.push(format!("install {} with apt-get", packages(&missing)));
+        }
+        work.extend(ingredients::work_ahead(&self.image, &context.data));
+        if !work.is_empty() && !self.yes {
+            confirm(&work)?;
+        }
+        if missing.is_empty() { Ok(()) } else { install(&missing, context).await }
+    }
+
+    /// Everything up to a daemon that has the snapshot.
+    async fn prepare(&self, tag: &Tag, context: &Context) -> anyhow::Result<Client> {
+        self.announce_work(context).await?;
+        let client = context.client().await?;
+        let snapshots = client.snapshots().await?;
+        let existing = snapshots.iter().find(|snapshot| snapshot.tag == *tag);
+        if existing.is_some_and(|snapshot| snapshot.status == SnapshotStatus::Ready) {
+            context.progress.say(format_args!("✓ Snapshot {tag} is there"));
+            return Ok(client);
+        }
+        let plan = ingredients::Plan::new(&self.image, &[], None)?;
+        let parts = plan.make(ingredients::default_kernel(), &context.data, &context.progress).await?;
+        let progress = &context.progress;
+        let recipe = Recipe {
+            tag: tag.clone(),
+            vcpus: 1,
+            memory: ByteSize::mib(512),
+            run: Vec::new(),
+            warm: vec![WarmStep { language: "python".into(), code: "import numpy".into() }],
+            boot_timeout: BOOT_TIMEOUT,
+            replace: existing.is_some(),
+        };
+        bake(&client, &parts, &recipe, progress).await?;
+        Ok(client)
+    }
+}
+
+fn packages(missing: &[Package]) -> String {
+    missing.iter().map(|package| package.package).collect::<Vec<_>>().join(" ")
+}
+
+/// Installs distribution packages; only root can.
+async fn install(missing: &[Package], context: &Context) -> anyhow::Result<()> {
+    let names = packages(missing);
+    let by_hand = format!("sudo apt-get install {names}");
+    let apt = programs::in_path("apt-get").filter(|_| rustix::process::geteuid().is_root());
+    let Some(apt) = apt else {
+        return Err(advised(
+            anyhow::anyhow!("these packages are missing and cannot be installed from here: {names}"),
+            by_hand,
+        ));
+    };
+    let step = context.progress.step(format!("Installing {names}"));
+    let mut command = tokio::process::Command::new(apt);
+    command.args(["install", "--yes", "--no-install-recommends"]).args(missing.iter().map(|package| package.package));
+    command.env("DEBIAN_FRONTEND", "noninteractive").stdin(std::process::Stdio::null()).kill_on_drop(true);
+    let output = command.output().await?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        let error = anyhow::anyhow!("apt-get could not install {names}:\n{}", said.trim());
+        return Err(advised(error, format!("sudo apt-get update && {by_hand}")));
+    }
+    step.done(format_args!("Installed {names}"));
+    Ok(())
+}
+
+/// Asks whether to go on; without a terminal nobody can answer, so that is a no.
+fn confirm(work: &[String]) -> anyhow::Result<()> {
+    output::remark("The quick start will now:");
+    for item in work {
+        output::remark(format_args!("  - {item}"));
+    }
+    if output::confirm("proceed? [y/N] ")? {
+        return Ok(());
+    }
+    Err(advised(anyhow::anyhow!("nothing was done"), "forkd quickstart --yes"))
+}

@@ -1,0 +1,94 @@
+//! Debian's kernels, installed for real.
+
+mod support;
+
+use std::fs;
+use std::path::Path;
+
+use forkd_image::kernel::{self, Kernel, KernelChoice};
+use forkd_image::{ImageError, build_initramfs};
+
+#[test]
+fn both_default_kernels_install_and_their_modules_resolve() {
+    for (choice, release, ext4_is_module) in
+        [(KernelChoice::DebianCloud612, "6.12.", false), (KernelChoice::Debian61Generic, "6.1.", true)]
+    {
+        let Some(kernel) = support::kernel(&choice) else { return };
+        assert!(kernel.release.starts_with(release), "{kernel:?}");
+        assert!(fs::read(&kernel.vmlinux).expect("vmlinux").starts_with(b"\x7fELF"));
+        assert_eq!(kernel::install(&choice, &support::cache(), &mut |_| panic!("cached")).expect("again"), kernel);
+
+        let dir = tempfile::tempdir().expect("tempdir");
+        let out = dir.path().join("initramfs");
+        // Any static program will do for its /init here; this test is one.
+        let agent = std::env::current_exe().expect("own path");
+        let digest = build_initramfs(&agent, &kernel, &["fuse"], &out).expect("initramfs");
+        assert_eq!(build_initramfs(&agent, &kernel, &["fuse"], &out).expect("again"), digest);
+        let list = module_list(&out);
+        let at = |name: &str| list.iter().position(|module| module == name);
+        assert!(at("vsock") < at("vmw_vsock_virtio_transport_common"), "{list:?}");
+        assert!(at("vmw_vsock_virtio_transport_common") < at("vmw_vsock_virtio_transport"), "{list:?}");
+        assert!(at("failover") < at("net_failover") && at("net_failover") < at("virtio_net"), "{list:?}");
+        for needed in ["virtio_mmio", "virtio_blk", "virtio_balloon", "virtio_rng", "pvpanic_mmio", "overlay"] {
+            assert!(at(needed).is_some(), "{needed}: {list:?}");
+        }
+        assert_eq!(at("ext4").is_some(), ext4_is_module, "{list:?}");
+        assert!(!ext4_is_module || at("jbd2") < at("ext4") && at("crc32c_generic") < at("ext4"), "{list:?}");
+
+        let error = build_initramfs(&agent, &kernel, &["no-such"], &out).expect_err("missing module");
+        assert!(matches!(&error, ImageError::MissingModule { module, .. } if module == "no_such"), "{error}");
+        assert!(out.is_file(), "a failure leaves the earlier file");
+    }
+}
+
+#[test]
+fn an_image_and_a_vmlinux_can_be_given_directly() {
+    let Some(kernel) = support::kernel(&KernelChoice::DebianCloud612) else { return };
+    let dir = tempfile::tempdir().expect("tempdir");
+    let again = kernel::install(&KernelChoice::Image(kernel.vmlinux.clone()), dir.path(), &mut support::show)
+        .expect("an uncompressed kernel is taken as it is");
+    assert_eq!((again.release, again.modules_dir), (kernel.release, None));
+
+    let whole = fs::read(&kernel.vmlinux).expect("vmlinux");
+    let cut = dir.path().join("cut");
+    fs::write(&cut, &whole[..whole.len() / 2]).expect("write");
+    let error = kernel::install(&KernelChoice::Image(cut), dir.path(), &mut support::show).expect_err("cut off");
+    assert!(error.to_string().contains("cut off"), "{error}");
+    assert_nothing_left(&dir.path().join("kernels"));
+}
+
+#[test]
+fn what_is_no_package_is_refused_and_leaves_nothing() {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let deb = dir.path().join("x.deb");
+    fs::write(&deb, "!<arch>\nnot really").expect("write");
+    let error = kernel::install(&KernelChoice::Deb(deb), dir.path(), &mut support::show).expect_err("no package");
+    assert!(matches!(error, ImageError::Malformed { .. } | ImageError::MissingTool { .. }), "{error}");
+    assert_nothing_left(&dir.path().join("kernels"));
+    let missing = KernelChoice::Deb(dir.path().join("none.deb"));
+    assert!(kernel::install(&missing, dir.path(), &mut support::show).is_err());
+}
+
+#[test]
+fn a_dynamically_linked_agent_is_refused() {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let kernel = Kernel { vmlinux: "/vmlinux".into(), release: "6.12".into(), modules_dir: None };
+    let error = build_initramfs(Path::new("/bin/sh"), &kernel, &[], &dir.path().join("out")).expect_err("dynamic");
+    assert!(error.to_string().contains("dynamically"), "{error}");
+}
+
+fn assert_nothing_left(kernels: &Path) {
+    let left: Vec<_> = kernels.read_dir().expect("list").map(|entry| entry.expect("entry").file_name()).collect();
+    assert!(left.iter().all(|name| !name.to_string_lossy().starts_with("build-")), "{left:?}");
+}
+
+/// `lib/forkd/modules.list` of an initramfs, whose entries are neither compressed nor many.
+fn module_list(initramfs: &Path) -> Vec<String> {
+    let bytes = fs::read(initramfs).expect("initramfs");
+    let name = b"lib/forkd/modules.list\0";
+    let at = bytes.windows(name.len()).rposition(|window| window == name).expect("list");
+    let start = (at + name.len()).next_multiple_of(4);
+    let end = start + bytes[start..].iter().position(|&byte| byte == 0 || byte == b'0').expect("end");
+    let text = String::from_utf8_lossy(&bytes[start..end]).into_owned();
+    text.lines().map(str::to_owned).collect()
+}

@@ -1,0 +1,152 @@
+//! Finding running sandboxes again after a restart, and clearing what else was left.
+//!
+//! A recorded sandbox is adopted when its process is the recorded one (pid and start time), its
+//! control socket answers, and the kernel says that the answer came from that very process. What
+//! cannot be adopted is ended: a monitor that nobody can reach is only a leak.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use forkd_proto::monitor::Command;
+use tokio::net::UnixStream;
+
+use crate::control::{Control, MonitorError};
+use crate::database::{Record, RecordState};
+use crate::error::{NodeError, NodeResult};
+use crate::host::{Host, unix_now};
+use crate::process::Process;
+use crate::sandbox::{About, Roster, Running, Sandbox, clear};
+
+/// How long a monitor may take to answer on its control socket.
+const HANDSHAKE_LIMIT: Duration = Duration::from_secs(15);
+
+/// Restores the roster from the database and clears what an earlier daemon left.
+pub(crate) async fn adopt_all(host: &Arc<Host>, roster: &Arc<Roster>) -> NodeResult<()> {
+    let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
+        .map_err(NodeError::io("read /proc/sys/kernel/random/boot_id"))?;
+    let rebooted = host.database.host_rebooted(boot_id.trim().to_owned()).await?;
+    end_helpers(host, rebooted).await?;
+    let records = host.database.sandboxes().await?;
+    let mut adopting = tokio::task::JoinSet::new();
+    for record in records {
+        let (host, roster) = (Arc::clone(host), Arc::clone(roster));
+        adopting.spawn(async move { adopt(&host, &roster, record, rebooted).await });
+    }
+    adopting.join_all().await;
+    let known: HashSet<String> = roster.all().iter().map(|sandbox| sandbox.id.to_string()).collect();
+    host.files.sweep(|name, _| known.contains(name)).map_err(NodeError::io("sweep the run directory"))?;
+    host.cgroups.sweep();
+    host.database.settle().await?;
+    Ok(())
+}
+
+/// Zygotes and boots of an earlier daemon serve nobody.
+async fn end_helpers(host: &Host, rebooted: bool) -> NodeResult<()> {
+    for (key, name) in host.database.helpers().await? {
+        if !rebooted && let Ok(process) = Process::find(key) {
+            tracing::info!(name, pid = key.pid, "ending a monitor that an earlier daemon left");
+            process.kill();
+        }
+        host.database.forget_helper(key);
+    }
+    Ok(())
+}
+
+async fn adopt(host: &Arc<Host>, roster: &Arc<Roster>, record: Record, rebooted: bool) {
+    let about = About {
+        id: record.id.clone(),
+        snapshot_tag: record.snapshot_tag.clone(),
+        created_at_unix: record.created_at_unix,
+        memory_limit_mib: record.memory_limit_mib,
+    };
+    match &record.state {
+        RecordState::Stopped { reason, at_unix } => {
+            roster.insert(Sandbox::stopped(host, about, reason.clone(), *at_unix));
+        }
+        RecordState::Starting => end_unfinished(host, &record, rebooted).await,
+        RecordState::Running => {
+            let found = if rebooted {
+                Err("ended with the host's previous boot".to_owned())
+            } else {
+                find(host, &record).await
+            };
+            match found {
+                Ok(running) => {
+                    tracing::info!(sandbox = %record.id, pid = running.process.key().pid, "adopted");
+                    roster.adopt(about, running);
+                }
+                Err(reason) => {
+                    tracing::warn!(sandbox = %record.id, reason, "not adopted");
+                    let now = unix_now();
+                    host.database.stopped(record.id.clone(), reason.clone(), now);
+                    host.files.remove(record.id.as_str(), true);
+                    roster.insert(Sandbox::stopped(host, about, reason, now));
+                }
+            }
+        }
+    }
+}
+
+/// The running sandbox of `record`, or how it ended.
+async fn find(host: &Host, record: &Record) -> Result<Running, String> {
+    let key = record.process.ok_or("was recorded without its process")?;
+    let process = Process::find(key).map_err(|_| "ended while no daemon was running".to_owned())?;
+    match shake_hands(host, record.id.as_str(), key.pid).await {
+        Ok(control) => Ok(Running { control, process }),
+        Err(reason) => {
+            process.kill();
+            Err(format!("was ended because a restarted daemon could not reach its monitor: {reason}"))
+        }
+    }
+}
+
+/// Connects to the monitor called `name` and makes sure that it is process `pid`.
+async fn shake_hands(host: &Host, name: &str, pid: i32) -> Result<Arc<Control>, String> {
+    let (control, sender) = reach(host, name).await?;
+    if sender != Some(pid) {
+        return Err(format!("its control socket is answered by process {sender:?} instead of {pid}"));
+    }
+    Ok(control)
+}
+
+/// Connects to the monitor called `name`; tells which process answers.
+async fn reach(host: &Host, name: &str) -> Result<(Arc<Control>, Option<i32>), String> {
+    let path = host.files.control(name);
+    let shaking = async {
+        let stream = UnixStream::connect(&path).await.map_err(|error| format!("{}: {error}", path.display()))?;
+        // The credentials of a listening socket's peer are those of the daemon that made it; those of
+        // a message are its sender's.
+        rustix::net::sockopt::set_socket_passcred(&stream, true).map_err(|error| error.to_string())?;
+        let control = Control::connected(name, stream);
+        match control.request(&Command::Pages, Vec::new()).wait().await {
+            // A refusal is an answer all the same.
+            Ok(_) | Err(MonitorError::Refused { .. }) => Ok((Arc::clone(&control), control.peer())),
+            Err(error) => Err(error.to_string()),
+        }
+    };
+    match tokio::time::timeout(HANDSHAKE_LIMIT, shaking).await {
+        Ok(result) => result,
+        Err(_) => Err(format!("no answer on {} within {} s", path.display(), HANDSHAKE_LIMIT.as_secs())),
+    }
+}
+
+/// Ends a child whose spawn nobody was told the outcome of.
+async fn end_unfinished(host: &Host, record: &Record, rebooted: bool) {
+    if !rebooted {
+        let process = match record.process {
+            Some(key) => Process::find(key).ok(),
+            // The daemon died between the fork and noting its process: only the socket knows it.
+            None => match reach(host, record.id.as_str()).await {
+                Ok((_, Some(pid))) => Process::open(pid).ok(),
+                _ => None,
+            },
+        };
+        if let Some(process) = process {
+            tracing::info!(sandbox = %record.id, pid = process.key().pid, "ending an unfinished child");
+            process.kill();
+            process.exited().await;
+        }
+    }
+    clear(host, &record.id);
+}

@@ -1,0 +1,106 @@
+//! What a node is told at start.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Settings of a node. [`NodeConfig::new`] gives every duration and limit its default.
+#[derive(Clone, Debug)]
+pub struct NodeConfig {
+    /// Directory of the state database, sockets, consoles and scratch files.
+    pub state_dir: PathBuf,
+    /// Root of the snapshot store; the state directory unless said otherwise.
+    pub store_root: PathBuf,
+    /// The monitor program.
+    pub vmm: PathBuf,
+    /// The KVM device.
+    pub kvm: PathBuf,
+    /// cgroup v2 directory below which limited sandboxes get a group of their own.
+    pub cgroup_root: PathBuf,
+    /// How long one child may take from its fork until its agent has answered.
+    pub child_deadline: Duration,
+    /// How many children of one spawn come up at the same time.
+    pub spawn_concurrency: usize,
+    /// How long a zygote may take to have its snapshot mapped.
+    pub zygote_deadline: Duration,
+    /// A zygote that nobody forked for this long is stopped.
+    pub zygote_idle: Duration,
+    /// How long the record and console of a sandbox that stopped by itself are kept.
+    pub keep_stopped: Duration,
+    /// How long writing a snapshot's files may take.
+    pub snapshot_deadline: Duration,
+    /// The most bytes of output that a buffered `exec` collects.
+    pub exec_output_limit: usize,
+}
+
+/// A setting that cannot work.
+#[derive(Debug, thiserror::Error)]
+pub enum NodeConfigError {
+    /// Socket paths below the state directory would not fit a socket address.
+    #[error(
+        "the state directory {} is too long by {excess} bytes for unix socket paths below it; use a shorter one",
+        path.display()
+    )]
+    StateDirTooLong {
+        /// The directory.
+        path: PathBuf,
+        /// By how much.
+        excess: usize,
+    },
+    /// The current directory, needed to make a relative path absolute, is unknown.
+    #[error("cannot make {} absolute: {source}", path.display())]
+    Relative {
+        /// The path.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+}
+
+/// `sun_path` holds 108 bytes including the final NUL.
+const SOCKET_PATH_LIMIT: usize = 107;
+
+/// The longest name below the state directory: `/run/` + an id + `.control`.
+const LONGEST_SOCKET_NAME: usize = "/run/sb-ffffffffff-ffffffff.control".len();
+
+impl NodeConfig {
+    /// Settings for a node with its state in `state_dir`, driving the monitor program `vmm`.
+    pub fn new(state_dir: &Path, vmm: &Path) -> Result<Self, NodeConfigError> {
+        let state_dir = absolute(state_dir)?;
+        let needed = state_dir.as_os_str().len() + LONGEST_SOCKET_NAME;
+        if needed > SOCKET_PATH_LIMIT {
+            return Err(NodeConfigError::StateDirTooLong { path: state_dir, excess: needed - SOCKET_PATH_LIMIT });
+        }
+        Ok(Self {
+            store_root: state_dir.clone(),
+            state_dir,
+            vmm: absolute(vmm)?,
+            kvm: "/dev/kvm".into(),
+            cgroup_root: "/sys/fs/cgroup/forkd".into(),
+            child_deadline: Duration::from_secs(60),
+            spawn_concurrency: 128,
+            zygote_deadline: Duration::from_secs(120),
+            zygote_idle: Duration::from_secs(600),
+            keep_stopped: Duration::from_secs(3600),
+            snapshot_deadline: Duration::from_secs(1800),
+            exec_output_limit: 64 << 20,
+        })
+    }
+}
+
+fn absolute(path: &Path) -> Result<PathBuf, NodeConfigError> {
+    std::path::absolute(path).map_err(|source| NodeConfigError::Relative { path: path.to_owned(), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_state_directory_too_long_for_sockets_is_refused_at_once() {
+        let vmm = Path::new("/vmm");
+        let longest = format!("/{}", "d".repeat(SOCKET_PATH_LIMIT - LONGEST_SOCKET_NAME - 1));
+        NodeConfig::new(longest.as_ref(), vmm).expect("just fits");
+        let error = NodeConfig::new(format!("{longest}d").as_ref(), vmm).expect_err("one too long");
+        assert!(error.to_string().contains("by 1 bytes"), "{error}");
+    }
+}

@@ -1,0 +1,505 @@
+//! What must outlive this process: which sandboxes there are, and the next sequence number.
+//!
+//! One thread owns the SQLite connection. It takes whatever jobs have gathered, runs them in one
+//! transaction, and answers only after the commit. The journal is a write-ahead log without a sync
+//! per commit: a crash of the daemon loses nothing; a crash of the host may lose the last commits,
+//! and with them sandboxes that ended in the same instant.
+
+use std::path::{Path, PathBuf};
+use std::sync::mpsc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use forkd_types::{SandboxId, Tag};
+use rusqlite::{Connection, OptionalExtension, Row, params};
+use tokio::sync::oneshot;
+
+use crate::process::ProcessKey;
+
+/// Why the database could not be used.
+#[derive(Debug, thiserror::Error)]
+pub enum DatabaseError {
+    /// SQLite said no.
+    #[error("state database {}: cannot {action}: {source}", path.display())]
+    Sqlite {
+        /// The database file.
+        path: PathBuf,
+        /// What was attempted.
+        action: &'static str,
+        /// What SQLite said.
+        source: rusqlite::Error,
+    },
+    /// It was written by a later release.
+    #[error("state database {} has schema version {found}; this release reads up to {CURRENT}: use the newer release, or another state directory", path.display())]
+    FromTheFuture {
+        /// The database file.
+        path: PathBuf,
+        /// Its version.
+        found: u32,
+    },
+    /// A value that this code could not have written.
+    #[error("state database {}: {what}", path.display())]
+    Damaged {
+        /// The database file.
+        path: PathBuf,
+        /// What is wrong.
+        what: String,
+    },
+    /// The transaction that the work was part of did not reach the disk.
+    #[error("state database {}: cannot {action}: the transaction was not committed: {cause}", path.display())]
+    NotCommitted {
+        /// The database file.
+        path: PathBuf,
+        /// What was attempted.
+        action: &'static str,
+        /// What SQLite said.
+        cause: String,
+    },
+    /// Its thread has ended.
+    #[error("state database {} is closed", path.display())]
+    Closed {
+        /// The database file.
+        path: PathBuf,
+    },
+}
+
+/// The schema version that this code writes.
+const CURRENT: u32 = 1;
+
+/// Step N brings a database of version N to version N + 1.
+const MIGRATIONS: [&str; CURRENT as usize] = ["
+CREATE TABLE sandbox (
+    id               TEXT PRIMARY KEY,
+    snapshot_tag     TEXT NOT NULL,
+    state            TEXT NOT NULL CHECK (state IN ('starting', 'running', 'stopped')),
+    created_at_unix  INTEGER NOT NULL,
+    memory_limit_mib INTEGER,
+    pid              INTEGER,
+    pid_started      INTEGER,
+    disks            INTEGER NOT NULL,
+    reason           TEXT,
+    stopped_at_unix  INTEGER
+) STRICT;
+-- Monitors that are not sandboxes (zygotes, boots): found here, they are ended at the next start.
+CREATE TABLE helper (
+    pid         INTEGER NOT NULL,
+    pid_started INTEGER NOT NULL,
+    name        TEXT NOT NULL,
+    PRIMARY KEY (pid, pid_started)
+) STRICT;
+CREATE TABLE counter (name TEXT PRIMARY KEY, next INTEGER NOT NULL) STRICT;
+INSERT INTO counter VALUES ('sandbox', 0);
+-- Process start times count from the boot of this kernel.
+CREATE TABLE boot (id TEXT NOT NULL) STRICT;
+"];
+
+/// Where a recorded sandbox is in its life; see [`crate::sandbox`].
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) enum RecordState {
+    /// Its fork was asked for; nobody was told that it exists.
+    Starting,
+    /// Its agent has answered.
+    Running,
+    /// Its monitor ended by itself.
+    Stopped {
+        /// Why.
+        reason: String,
+        /// When.
+        at_unix: u64,
+    },
+}
+
+/// One recorded sandbox.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct Record {
+    pub(crate) id: SandboxId,
+    pub(crate) snapshot_tag: Tag,
+    pub(crate) state: RecordState,
+    pub(crate) created_at_unix: u64,
+    pub(crate) memory_limit_mib: Option<u64>,
+    pub(crate) process: Option<ProcessKey>,
+    pub(crate) disks: usize,
+}
+
+/// A spawn's part of every record it makes.
+#[derive(Clone, Debug)]
+pub(crate) struct Batch {
+    pub(crate) snapshot_tag: Tag,
+    pub(crate) created_at_unix: u64,
+    pub(crate) memory_limit_mib: Option<u64>,
+    pub(crate) disks: usize,
+}
+
+/// What a job leaves to do once it is known whether its transaction was committed.
+struct Ran {
+    /// Whether its own changes are to be kept.
+    keep: bool,
+    finish: Box<dyn FnOnce(Option<String>) + Send>,
+}
+
+type Job = Box<dyn FnOnce(&Connection) -> Ran + Send>;
+
+/// The state database.
+#[derive(Debug)]
+pub(crate) struct Database {
+    path: PathBuf,
+    jobs: Option<mpsc::Sender<Job>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Database {
+    /// Opens or creates the database at `path`, bringing its schema up to date.
+    pub(crate) fn open(path: &Path) -> Result<Self, DatabaseError> {
+        let failed = |action| move |source| DatabaseError::Sqlite { path: path.to_owned(), action, source };
+        let mut connection = Connection::open(path).map_err(failed("open it"))?;
+        connection.busy_timeout(Duration::from_secs(5)).map_err(failed("set a time limit"))?;
+        connection.pragma_update(None, "journal_mode", "WAL").map_err(failed("use a write-ahead log"))?;
+        connection.pragma_update(None, "synchronous", "NORMAL").map_err(failed("choose when to sync"))?;
+        migrate(&mut connection, path)?;
+        let (jobs, queue) = mpsc::channel();
+        let thread = std::thread::Builder::new()
+            .name("forkd-database".to_owned())
+            .spawn(move || serve(connection, queue))
+            .map_err(|error| DatabaseError::Damaged { path: path.to_owned(), what: format!("no thread: {error}") })?;
+        Ok(Self { path: path.to_owned(), jobs: Some(jobs), thread: Some(thread) })
+    }
+
+    /// Reserves as many consecutive sequence numbers as `count` and records a starting sandbox for
+    /// each; returns their ids.
+    pub(crate) async fn begin(&self, batch: Batch, count: u32) -> Result<Vec<SandboxId>, DatabaseError> {
+        self.call("record a spawn", move |db| {
+            let first: u64 = db.query_row(
+                "UPDATE counter SET next = next + ?1 WHERE name = 'sandbox' RETURNING next - ?1",
+                [count],
+                |row| row.get(0),
+            )?;
+            let mut insert = db.prepare_cached(
+                "INSERT INTO sandbox (id, snapshot_tag, state, created_at_unix, memory_limit_mib, disks)
+                 VALUES (?1, ?2, 'starting', ?3, ?4, ?5)",
+            )?;
+            (first..first + u64::from(count))
+                .map(|sequence| {
+                    let id = SandboxId::new(batch.created_at_unix, sequence);
+                    insert.execute(params![
+                        id.as_str(),
+                        batch.snapshot_tag.as_str(),
+                        batch.created_at_unix,
+                        batch.memory_limit_mib,
+                        batch.disks
+                    ])?;
+                    Ok(id)
+                })
+                .collect()
+        })
+        .await
+    }
+
+    /// Notes the process of a starting sandbox; does not wait.
+    pub(crate) fn note_process(&self, id: SandboxId, process: ProcessKey) {
+        self.post("note a sandbox's process", move |db| {
+            db.prepare_cached("UPDATE sandbox SET pid = ?2, pid_started = ?3 WHERE id = ?1")?.execute(params![
+                id.as_str(),
+                process.pid,
+                process.started
+            ])
+        });
+    }
+
+    /// Marks sandboxes as running.
+    pub(crate) async fn running(&self, ids: Vec<(SandboxId, ProcessKey)>) -> Result<(), DatabaseError> {
+        self.call("record running sandboxes", move |db| {
+            let mut update =
+                db.prepare_cached("UPDATE sandbox SET state = 'running', pid = ?2, pid_started = ?3 WHERE id = ?1")?;
+            for (id, process) in ids {
+                update.execute(params![id.as_str(), process.pid, process.started])?;
+            }
+            Ok(())
+        })
+        .await
+    }
+
+    /// Marks a sandbox as stopped by itself; does not wait.
+    pub(crate) fn stopped(&self, id: SandboxId, reason: String, at_unix: u64) {
+        self.post("record a stopped sandbox", move |db| {
+            db.prepare_cached(
+                "UPDATE sandbox SET state = 'stopped', reason = ?2, stopped_at_unix = ?3, pid = NULL, pid_started = NULL
+                 WHERE id = ?1",
+            )?
+            .execute(params![id.as_str(), reason, at_unix])
+        });
+    }
+
+    /// Forgets sandboxes; does not wait.
+    pub(crate) fn forget(&self, ids: Vec<SandboxId>) {
+        self.post("forget sandboxes", move |db| {
+            let mut delete = db.prepare_cached("DELETE FROM sandbox WHERE id = ?1")?;
+            for id in ids {
+                delete.execute([id.as_str()])?;
+            }
+            Ok(0)
+        });
+    }
+
+    /// Notes a monitor that is not a sandbox; does not wait.
+    pub(crate) fn note_helper(&self, process: ProcessKey, name: String) {
+        self.post("note a monitor", move |db| {
+            db.execute("INSERT OR REPLACE INTO helper VALUES (?1, ?2, ?3)", params![process.pid, process.started, name])
+        });
+    }
+
+    /// Forgets a monitor that is not a sandbox; does not wait.
+    pub(crate) fn forget_helper(&self, process: ProcessKey) {
+        self.post("forget a monitor", move |db| {
+            db.execute("DELETE FROM helper WHERE pid = ?1 AND pid_started = ?2", params![process.pid, process.started])
+        });
+    }
+
+    /// All recorded sandboxes, by id.
+    pub(crate) async fn sandboxes(&self) -> Result<Vec<Record>, DatabaseError> {
+        let rows = self
+            .call("read the sandboxes", |db| {
+                db.prepare("SELECT * FROM sandbox ORDER BY id")?.query_map([], record_from)?.collect()
+            })
+            .await?;
+        let rows: Vec<Result<Record, String>> = rows;
+        rows.into_iter()
+            .collect::<Result<_, _>>()
+            .map_err(|what| DatabaseError::Damaged { path: self.path.clone(), what })
+    }
+
+    /// All monitors that are not sandboxes.
+    pub(crate) async fn helpers(&self) -> Result<Vec<(ProcessKey, String)>, DatabaseError> {
+        self.call("read the monitors", |db| {
+            db.prepare("SELECT pid, pid_started, name FROM helper")?
+                .query_map([], |row| Ok((ProcessKey { pid: row.get(0)?, started: row.get(1)? }, row.get(2)?)))?
+                .collect()
+        })
+        .await
+    }
+
+    /// Records that this kernel's boot is `boot_id`; true when an earlier boot was on record, whose
+    /// processes are all gone.
+    pub(crate) async fn host_rebooted(&self, boot_id: String) -> Result<bool, DatabaseError> {
+        self.call("read the host's boot id", move |db| {
+            let before: Option<String> = db.query_row("SELECT id FROM boot", [], |row| row.get(0)).optional()?;
+            db.execute("DELETE FROM boot", [])?;
+            db.execute("INSERT INTO boot VALUES (?1)", [&boot_id])?;
+            Ok(before.is_some_and(|before| before != boot_id))
+        })
+        .await
+    }
+
+    /// Waits until everything posted so far is committed.
+    pub(crate) async fn settle(&self) -> Result<(), DatabaseError> {
+        self.call("settle", |_| Ok(())).await
+    }
+
+    async fn call<T: Send + 'static>(
+        &self,
+        action: &'static str,
+        job: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
+    ) -> Result<T, DatabaseError> {
+        let (answer, answered) = oneshot::channel();
+        self.submit(Box::new(move |db| {
+            let result = job(db);
+            let keep = result.is_ok();
+            Ran { keep, finish: Box::new(move |lost| drop(answer.send((result, lost)))) }
+        }));
+        let path = self.path.clone();
+        match answered.await {
+            Ok((Err(source), _)) => Err(DatabaseError::Sqlite { path, action, source }),
+            Ok((Ok(_), Some(cause))) => Err(DatabaseError::NotCommitted { path, action, cause }),
+            Ok((Ok(value), None)) => Ok(value),
+            Err(_) => Err(DatabaseError::Closed { path }),
+        }
+    }
+
+    fn post(&self, action: &'static str, job: impl FnOnce(&Connection) -> rusqlite::Result<usize> + Send + 'static) {
+        self.submit(Box::new(move |db| {
+            let result = job(db);
+            if let Err(error) = &result {
+                tracing::error!(%error, "state database: cannot {action}");
+            }
+            Ran { keep: result.is_ok(), finish: Box::new(|_| {}) }
+        }));
+    }
+
+    fn submit(&self, job: Job) {
+        if let Some(jobs) = &self.jobs {
+            // The thread ends only when the sender is dropped; a caller that waits sees the loss.
+            let _ = jobs.send(job);
+        }
+    }
+}
+
+impl Drop for Database {
+    fn drop(&mut self) {
+        self.jobs = None;
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn serve(mut connection: Connection, queue: mpsc::Receiver<Job>) {
+    while let Ok(first) = queue.recv() {
+        let mut done = Vec::new();
+        let committed: rusqlite::Result<()> = (|| {
+            let mut transaction = connection.transaction()?;
+            for job in std::iter::once(first).chain(queue.try_iter()) {
+                // A savepoint, so that a failing job leaves the others alone.
+                let savepoint = transaction.savepoint()?;
+                let ran = job(&savepoint);
+                match ran.keep {
+                    true => savepoint.commit()?,
+                    false => savepoint.finish()?,
+                }
+                done.push(ran.finish);
+            }
+            transaction.commit()
+        })();
+        if let Err(error) = &committed {
+            tracing::error!(%error, "state database: cannot commit");
+        }
+        let lost: Option<String> = committed.err().map(|error| error.to_string());
+        for finish in done {
+            finish(lost.clone());
+        }
+    }
+}
+
+fn migrate(connection: &mut Connection, path: &Path) -> Result<(), DatabaseError> {
+    let failed = |action| move |source| DatabaseError::Sqlite { path: path.to_owned(), action, source };
+    let found: u32 = connection
+        .pragma_query_value(None, "user_version", |row| row.get(0))
+        .map_err(failed("read its schema version"))?;
+    if found > CURRENT {
+        return Err(DatabaseError::FromTheFuture { path: path.to_owned(), found });
+    }
+    for (version, step) in (0..).zip(MIGRATIONS).skip(found as usize) {
+        let transaction = connection.transaction().map_err(failed("begin a migration"))?;
+        transaction.execute_batch(step).map_err(failed("migrate it"))?;
+        transaction.pragma_update(None, "user_version", version + 1).map_err(failed("note its schema version"))?;
+        transaction.commit().map_err(failed("finish a migration"))?;
+    }
+    Ok(())
+}
+
+/// The outer error is SQLite's, the inner one says which stored value makes no sense.
+fn record_from(row: &Row<'_>) -> rusqlite::Result<Result<Record, String>> {
+    let id: String = row.get("id")?;
+    let tag: String = row.get("snapshot_tag")?;
+    let state: String = row.get("state")?;
+    let state = match state.as_str() {
+        "running" => RecordState::Running,
+        "stopped" => RecordState::Stopped {
+            reason: row.get::<_, Option<String>>("reason")?.unwrap_or_default(),
+            at_unix: row.get::<_, Option<u64>>("stopped_at_unix")?.unwrap_or_default(),
+        },
+        _ => RecordState::Starting,
+    };
+    let process = match (row.get("pid")?, row.get("pid_started")?) {
+        (Some(pid), Some(started)) => Some(ProcessKey { pid, started }),
+        _ => None,
+    };
+    let (id, snapshot_tag) = match (id.parse(), tag.parse()) {
+        (Ok(id), Ok(tag)) => (id, tag),
+        _ => return Ok(Err(format!("sandbox {id:?} of snapshot {tag:?} has no legal name"))),
+    };
+    Ok(Ok(Record {
+        id,
+        snapshot_tag,
+        state,
+        created_at_unix: row.get("created_at_unix")?,
+        memory_limit_mib: row.get("memory_limit_mib")?,
+        process,
+        disks: row.get("disks")?,
+    }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn batch(at: u64) -> Batch {
+        Batch {
+            snapshot_tag: "py".parse().expect("legal tag"),
+            created_at_unix: at,
+            memory_limit_mib: Some(256),
+            disks: 1,
+        }
+    }
+
+    #[tokio::test]
+    async fn sequence_numbers_go_on_after_a_restart() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let path = dir.path().join("forkd.db");
+        let db = Database::open(&path).expect("open");
+        let first = db.begin(batch(7), 2).await.expect("begin");
+        assert_eq!(first.iter().map(SandboxId::as_str).collect::<Vec<_>>(), ["sb-7-0000", "sb-7-0001"]);
+        drop(db);
+        let db = Database::open(&path).expect("open again");
+        assert_eq!(db.begin(batch(7), 1).await.expect("begin")[0].as_str(), "sb-7-0002");
+    }
+
+    #[tokio::test]
+    async fn a_life_is_recorded() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let path = dir.path().join("forkd.db");
+        let db = Database::open(&path).expect("open");
+        let ids = db.begin(batch(7), 3).await.expect("begin");
+        let process = ProcessKey { pid: 41, started: 4_000_000_000 };
+        db.note_process(ids[2].clone(), process);
+        db.running(vec![(ids[0].clone(), process), (ids[1].clone(), process)]).await.expect("running");
+        db.stopped(ids[1].clone(), "was struck".to_owned(), 9);
+        drop(db);
+        let db = Database::open(&path).expect("open again");
+        let records = db.sandboxes().await.expect("read");
+        assert_eq!(
+            records.iter().map(|r| (r.state.clone(), r.process)).collect::<Vec<_>>(),
+            [
+                (RecordState::Running, Some(process)),
+                (RecordState::Stopped { reason: "was struck".to_owned(), at_unix: 9 }, None),
+                (RecordState::Starting, Some(process)),
+            ]
+        );
+        db.forget(ids);
+        assert!(db.sandboxes().await.expect("read").is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_failing_job_leaves_its_neighbours_alone() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let db = Database::open(&dir.path().join("forkd.db")).expect("open");
+        let bad = db.call("fail", |db| db.execute("INSERT INTO nowhere VALUES (1)", []));
+        let good = db.begin(batch(1), 1);
+        let (bad, good) = tokio::join!(bad, good);
+        assert!(bad.expect_err("no such table").to_string().contains("nowhere"));
+        good.expect("unharmed");
+        assert_eq!(db.sandboxes().await.expect("read").len(), 1);
+    }
+
+    #[tokio::test]
+    async fn helpers_and_reboots_are_remembered() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let db = Database::open(&dir.path().join("forkd.db")).expect("open");
+        let process = ProcessKey { pid: 7, started: 1 };
+        db.note_helper(process, "zygote-py".to_owned());
+        assert_eq!(db.helpers().await.expect("read"), [(process, "zygote-py".to_owned())]);
+        db.forget_helper(process);
+        assert!(db.helpers().await.expect("read").is_empty());
+        assert!(!db.host_rebooted("a".to_owned()).await.expect("first start"));
+        assert!(!db.host_rebooted("a".to_owned()).await.expect("same boot"));
+        assert!(db.host_rebooted("b".to_owned()).await.expect("another boot"));
+    }
+
+    #[test]
+    fn a_later_schema_is_refused_by_number() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let path = dir.path().join("forkd.db");
+        drop(Database::open(&path).expect("open"));
+        Connection::open(&path).and_then(|db| db.pragma_update(None, "user_version", CURRENT + 1)).expect("age it");
+        let error = Database::open(&path).expect_err("too new").to_string();
+        assert!(error.contains(&format!("version {}", CURRENT + 1)), "{error}");
+    }
+}

@@ -1,0 +1,405 @@
+//! The operations that a node offers.
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use forkd_proto::agent::{Eval, Evaluated, Exec, Pong};
+use forkd_proto::monitor::Command;
+use forkd_store::{BlobWriter, Listed, Store, StoreError};
+use forkd_types::rest::{
+    BakeEvent, BakeRequest, EvalRequest, EvalResponse, ExecRequest, ExecResponse, SandboxInfo, SandboxMemory,
+    SnapshotInfo, SpawnReport, SpawnRequest,
+};
+use forkd_types::{Digest, PageCount, SandboxId, Tag};
+use rustix::process::{Resource, Rlimit};
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+
+use crate::bake::{Bake, Baking};
+use crate::cgroup::Cgroups;
+use crate::config::NodeConfig;
+use crate::control::expect_event;
+use crate::database::Database;
+use crate::error::{NodeError, NodeResult};
+use crate::guest::{GuestConnection, GuestError, is_not_found};
+use crate::host::{Host, blocking};
+use crate::run_files::RunFiles;
+use crate::sandbox::Roster;
+use crate::snapshots::{self, Removal, SnapshotDetail, VerifyProgress};
+use crate::zygotes::Zygotes;
+use crate::{adoption, console, cpu, memory, spawn};
+
+/// How often idle zygotes, old records and large consoles are looked for.
+const TIDY_EVERY: Duration = Duration::from_secs(15);
+
+/// What is added to a program's own time limit before the guest counts as silent.
+const ANSWER_GRACE: Duration = Duration::from_secs(5);
+
+/// How long a ping may take.
+const PING_LIMIT: Duration = Duration::from_secs(5);
+
+/// Every sandbox of this host. Clones share it.
+#[derive(Clone)]
+pub struct Node {
+    host: Arc<Host>,
+    zygotes: Arc<Zygotes>,
+    roster: Arc<Roster>,
+    baking: Baking,
+    _tidying: Arc<AbortOnDrop>,
+}
+
+struct AbortOnDrop(JoinHandle<()>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// Numbers for `/metrics`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct NodeGauges {
+    /// Published snapshots.
+    pub snapshots: usize,
+    /// Sandboxes that run.
+    pub sandboxes: usize,
+}
+
+impl Node {
+    /// Opens the store and the state, adopts the sandboxes that still run and clears what else an
+    /// earlier node left.
+    pub async fn start(config: NodeConfig) -> NodeResult<Self> {
+        raise_descriptor_limit();
+        let host = blocking("opening the state directory", move || open_host(config)).await??;
+        let host = Arc::new(host);
+        let roster = Roster::new(Arc::clone(&host));
+        adoption::adopt_all(&host, &roster).await?;
+        let zygotes = Arc::new(Zygotes::new(Arc::clone(&host)));
+        let tidying = tokio::spawn(tidy(Arc::clone(&host), Arc::clone(&zygotes), Arc::clone(&roster)));
+        Ok(Self { host, zygotes, roster, baking: Baking::default(), _tidying: Arc::new(AbortOnDrop(tidying)) })
+    }
+
+    /// Ends every sandbox and waits until the monitors have ended.
+    pub async fn kill_all(&self) {
+        let running: Vec<_> = self.roster.all().iter().filter_map(|sandbox| sandbox.running().ok()).collect();
+        for sandbox in self.roster.all() {
+            let _ = self.roster.remove(&sandbox.id);
+        }
+        for sandbox in running {
+            sandbox.process.exited().await;
+        }
+    }
+
+    /// Waits until everything noted so far is in the state database.
+    pub async fn settle(&self) -> NodeResult<()> {
+        Ok(self.host.database.settle().await?)
+    }
+
+    /// Forks children of a snapshot. `arrived` is when the request came, the zero of all timings.
+    ///
+    /// Failures of single children are in the report, also when all of them failed.
+    pub async fn spawn(&self, request: &SpawnRequest, arrived: Instant) -> NodeResult<SpawnReport> {
+        let spawned = spawn::spawn(&self.host, &self.zygotes, &self.roster, request, arrived).await;
+        spawned.map_err(|error| self.explain_unready(error))
+    }
+
+    /// A snapshot that is being baked is not ready, rather than not there.
+    fn explain_unready(&self, error: NodeError) -> NodeError {
+        match error {
+            NodeError::Store(StoreError::NotFound { tag }) if self.baking.has(&tag) => {
+                NodeError::SnapshotNotReady { tag, reason: "it is still being baked".to_owned() }
+            }
+            other => other,
+        }
+    }
+
+    /// All sandboxes in the order of their ids.
+    pub fn sandboxes(&self) -> Vec<SandboxInfo> {
+        self.roster.all().iter().map(|sandbox| sandbox.info()).collect()
+    }
+
+    /// One sandbox.
+    pub fn sandbox(&self, id: &SandboxId) -> NodeResult<SandboxInfo> {
+        Ok(self.roster.get(id)?.info())
+    }
+
+    /// Ends a sandbox at once and forgets it.
+    pub fn kill(&self, id: &SandboxId) -> NodeResult<()> {
+        self.roster.remove(id)
+    }
+
+    /// Runs a program to its end and collects its output.
+    pub async fn exec(&self, id: &SandboxId, request: ExecRequest) -> NodeResult<ExecResponse> {
+        let sandbox = self.roster.get(id)?;
+        if request.args.is_empty() {
+            let rule = "name the program to run";
+            return Err(NodeError::BadField { field: "args", value: "empty".to_owned(), rule });
+        }
+        let ExecRequest { args, timeout_secs, env, cwd, user, stdin } = request;
+        let timeout = Duration::from_secs(timeout_secs);
+        let timeout_ms = Some(timeout_secs.saturating_mul(1000));
+        let exec = Exec { args, env, cwd, user, timeout_ms, ..Exec::default() };
+        let (limit, output_limit) = (timeout.saturating_add(ANSWER_GRACE), self.host.config.exec_output_limit);
+        match sandbox.guest()?.exec(exec, stdin.as_deref(), output_limit, limit).await {
+            Ok(done) => Ok(ExecResponse {
+                stdout: text(done.stdout),
+                stderr: text(done.stderr),
+                exit_code: done.exited.code,
+                timed_out: done.exited.timed_out,
+            }),
+            // A program that is not there is an outcome of running it, as in a shell.
+            Err(GuestError::Refused(failure)) if is_not_found(&failure) => {
+                Ok(ExecResponse { stdout: String::new(), stderr: failure.message, exit_code: 1, timed_out: false })
+            }
+            Err(source) => Err(NodeError::Guest { what: "exec", id: id.clone(), source }),
+        }
+    }
+
+    /// Runs source text in a warm runtime of a sandbox.
+    pub async fn eval(&self, id: &SandboxId, request: EvalRequest) -> NodeResult<EvalResponse> {
+        let sandbox = self.roster.get(id)?;
+        let timeout_ms = Some(request.timeout_secs.saturating_mul(1000));
+        let eval = Eval { language: request.language, code: request.code, timeout_ms };
+        let limit = Duration::from_secs(request.timeout_secs).saturating_add(ANSWER_GRACE);
+        match sandbox.guest()?.eval(eval, limit).await {
+            Ok(Evaluated { result, error, stdout, .. }) => {
+                let exit_code = i32::from(error.is_some());
+                Ok(EvalResponse { result, error, exit_code, stdout })
+            }
+            // The runtime is missing, or was ended by the time limit: the outcome of this code.
+            Err(GuestError::Refused(failure)) => {
+                Ok(EvalResponse { result: None, error: Some(failure.message), exit_code: 1, stdout: String::new() })
+            }
+            Err(source) => Err(NodeError::Guest { what: "eval", id: id.clone(), source }),
+        }
+    }
+
+    /// Asks a sandbox's agent whether it is there.
+    pub async fn ping(&self, id: &SandboxId) -> NodeResult<Pong> {
+        let sandbox = self.roster.get(id)?;
+        let pong = sandbox.guest()?.ping(PING_LIMIT).await;
+        pong.map_err(|source| NodeError::Guest { what: "ping", id: id.clone(), source })
+    }
+
+    /// A connection to a sandbox's agent, for one request of the agent's own protocol.
+    pub async fn agent(&self, id: &SandboxId) -> NodeResult<GuestConnection> {
+        let sandbox = self.roster.get(id)?;
+        let connection = sandbox.guest()?.connect().await;
+        connection.map_err(|source| NodeError::Guest { what: "agent connection", id: id.clone(), source })
+    }
+
+    /// What a sandbox costs the host.
+    pub async fn memory(&self, id: &SandboxId) -> NodeResult<SandboxMemory> {
+        let running = self.roster.get(id)?.running()?;
+        let pid = running.process.key().pid;
+        let event = running.control.request(&Command::Pages, Vec::new()).wait().await;
+        let private_pages = event
+            .and_then(|event| expect_event!(id, event, Pages { private_count }))
+            .map_err(|source| NodeError::Monitor { what: "list the pages", id: id.clone(), source })?;
+        let own = blocking("reading a monitor's sizes", move || memory::of_process(pid)).await?;
+        let own = own.map_err(NodeError::io(format!("read the sizes of process {pid}")))?;
+        Ok(SandboxMemory {
+            pss_bytes: own.pss,
+            private_bytes: own.private,
+            page_table_bytes: own.page_tables,
+            guest_dirty_bytes: PageCount(private_pages).bytes(),
+        })
+    }
+
+    /// What a sandbox's guest wrote to its console, the newest part of it when it is long.
+    pub async fn console(&self, id: &SandboxId) -> NodeResult<Vec<u8>> {
+        self.roster.get(id)?;
+        let path = self.host.files.console(id.as_str());
+        let what = format!("read {}", path.display());
+        blocking("reading a console", move || console::read(&path)).await?.map_err(NodeError::io(what))
+    }
+
+    /// All snapshots in the order of their tags.
+    pub async fn snapshots(&self) -> NodeResult<Vec<SnapshotInfo>> {
+        let store = self.host.store.clone();
+        blocking("listing snapshots", move || {
+            Ok(store.list()?.iter().map(|listed| snapshots::info(&store, listed)).collect())
+        })
+        .await?
+    }
+
+    /// Everything about one snapshot.
+    pub async fn snapshot(&self, tag: &Tag) -> NodeResult<SnapshotDetail> {
+        let (store, own) = (self.host.store.clone(), tag.clone());
+        let detail = blocking("reading a snapshot", move || snapshots::detail(&store, &own)).await?;
+        detail.map_err(|error| self.explain_unready(error))
+    }
+
+    /// Removes a snapshot. Sandboxes that were forked from it live on.
+    pub async fn remove_snapshot(&self, tag: &Tag, removal: Removal) -> NodeResult<()> {
+        let (store, own) = (self.host.store.clone(), tag.clone());
+        let removed = blocking("removing a snapshot", move || {
+            let mut removed = Vec::new();
+            let doomed = match removal {
+                Removal::Guarded => Vec::new(),
+                Removal::Cascade => store.descendants(&own)?,
+            };
+            for tag in doomed.into_iter().chain([own]) {
+                store.remove(&tag)?;
+                removed.push(tag);
+            }
+            Ok::<_, StoreError>(removed)
+        })
+        .await??;
+        for tag in removed {
+            self.zygotes.discard(&tag);
+        }
+        Ok(())
+    }
+
+    /// Recomputes every digest of a snapshot, telling `progress`. The last line is `Done` or `Failed`.
+    pub async fn verify(&self, tag: &Tag, progress: mpsc::Sender<VerifyProgress>) -> NodeResult<()> {
+        let (store, tag) = (self.host.store.clone(), tag.clone());
+        blocking("verifying a snapshot", move || verify(&store, &tag, &progress)).await
+    }
+
+    /// Whether there is a snapshot of this tag, whole.
+    pub async fn check_snapshot(&self, tag: &Tag) -> NodeResult<()> {
+        let (store, own) = (self.host.store.clone(), tag.clone());
+        blocking("reading a snapshot", move || store.get(&own).map(drop))
+            .await?
+            .map_err(|error| self.explain_unready(error.into()))
+    }
+
+    /// Size of the blob of this digest, if it is in the store.
+    pub async fn blob_size(&self, digest: &Digest) -> NodeResult<Option<u64>> {
+        let (store, digest) = (self.host.store.clone(), *digest);
+        let blob = blocking("looking for a blob", move || store.blob(&digest)).await??;
+        Ok(blob.map(|blob| blob.size))
+    }
+
+    /// Begins a blob. What is returned blocks on the file system.
+    pub fn upload(&self) -> NodeResult<BlobUpload> {
+        Ok(BlobUpload(self.host.store.stage_blob()?))
+    }
+
+    /// Checks a bake's request; the returned future does it and reports to `events`.
+    ///
+    /// Dropping the future, or the receiver of its events, abandons the bake and leaves nothing.
+    pub async fn bake(
+        &self,
+        request: BakeRequest,
+        events: mpsc::Sender<BakeEvent>,
+    ) -> NodeResult<impl Future<Output = ()> + Send + use<>> {
+        let bake = Bake::prepare(&self.host, &self.zygotes, &self.baking, request).await?;
+        Ok(bake.run(events))
+    }
+
+    /// Numbers for `/metrics`.
+    pub async fn gauges(&self) -> NodeResult<NodeGauges> {
+        let store = self.host.store.clone();
+        let listed = blocking("listing snapshots", move || store.list()).await??;
+        let snapshots = listed.iter().filter(|listed| matches!(listed, Listed::Ready { .. })).count();
+        let sandboxes = self.roster.all().iter().filter(|sandbox| sandbox.running().is_ok()).count();
+        Ok(NodeGauges { snapshots, sandboxes })
+    }
+}
+
+/// A blob on its way into the store. Dropping it unfinished leaves nothing.
+pub struct BlobUpload(BlobWriter);
+
+impl BlobUpload {
+    /// Logical bytes written so far.
+    pub fn written(&self) -> u64 {
+        self.0.written()
+    }
+
+    /// Makes the blob permanent if its content has digest `expected`.
+    pub fn finish(self, expected: Digest) -> NodeResult<Digest> {
+        Ok(self.0.finish(Some(expected))?)
+    }
+}
+
+impl Write for BlobUpload {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
+    }
+}
+
+fn open_host(config: NodeConfig) -> NodeResult<Host> {
+    let path: PathBuf = config.state_dir.clone();
+    let files =
+        RunFiles::open(&path).map_err(NodeError::io(format!("prepare the state directory {}", path.display())))?;
+    let store = Store::open(&config.store_root)?;
+    let database = Database::open(&path.join("forkd.db"))?;
+    let cpu = cpu::host().map_err(NodeError::io("read /proc/cpuinfo"))?;
+    let cgroups = Cgroups::below(config.cgroup_root.clone());
+    Ok(Host { config, store, database, files, cgroups, cpu })
+}
+
+/// Each sandbox costs two descriptors, and a spawn of a thousand some thousands more for a moment.
+fn raise_descriptor_limit() {
+    let limit = rustix::process::getrlimit(Resource::Nofile);
+    let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
+    if let Err(error) = rustix::process::setrlimit(Resource::Nofile, raised) {
+        tracing::warn!(%error, "cannot raise the limit of open files");
+    }
+}
+
+async fn tidy(host: Arc<Host>, zygotes: Arc<Zygotes>, roster: Arc<Roster>) {
+    let mut ticks = tokio::time::interval(TIDY_EVERY);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        zygotes.retire_idle();
+        roster.forget_stopped();
+        let consoles: Vec<_> = roster.all().iter().map(|sandbox| host.files.console(sandbox.id.as_str())).collect();
+        let cut = blocking("looking at consoles", move || {
+            for path in consoles {
+                match console::cut_if_large(&path) {
+                    Ok(true) => tracing::info!(path = %path.display(), "cut a console that grew too large"),
+                    Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                        tracing::warn!(path = %path.display(), %error, "cannot look at a console");
+                    }
+                    _ => {}
+                }
+            }
+        });
+        let _ = cut.await;
+    }
+}
+
+fn verify(store: &Store, tag: &Tag, progress: &mpsc::Sender<VerifyProgress>) {
+    let report = store.verify(
+        tag,
+        |path| forkd_memory::layer::verify(path, |_| {}),
+        |now| {
+            // A reader that has gone away, or is slow, does not hold the verification up.
+            let _ = progress.try_send(VerifyProgress::Checking {
+                what: now.what.to_owned(),
+                done_bytes: now.done_bytes,
+                total_bytes: now.total_bytes,
+            });
+        },
+    );
+    match report {
+        Ok(report) => {
+            for bad in report.bad().filter_map(VerifyProgress::of_bad) {
+                let _ = progress.blocking_send(bad);
+            }
+            let total_bytes = report.checked.iter().map(|checked| checked.bytes).sum();
+            let files = report.checked.len();
+            let _ = progress.blocking_send(VerifyProgress::Done { good: report.is_good(), files, total_bytes });
+        }
+        Err(error) => {
+            let error = crate::error::with_causes(&error);
+            let _ = progress.blocking_send(VerifyProgress::Failed { error });
+        }
+    }
+}
+
+/// Bytes as text; what is not UTF-8 is replaced.
+fn text(bytes: Vec<u8>) -> String {
+    String::from_utf8(bytes).unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned())
+}

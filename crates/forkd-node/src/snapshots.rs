@@ -1,0 +1,190 @@
+//! Snapshots as clients see them.
+
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::time::UNIX_EPOCH;
+
+use forkd_store::{Checked, Listed, Outcome, Snapshot, Store, VMSTATE};
+use forkd_types::Tag;
+use forkd_types::rest::{SnapshotInfo, SnapshotStatus};
+use serde::{Deserialize, Serialize};
+
+use crate::error::NodeResult;
+
+/// What a removal does about snapshots that derive from the removed one.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Removal {
+    /// Refuse while there are any.
+    Guarded,
+    /// Remove them first, leaves before their parents.
+    Cascade,
+}
+
+/// `GET /v1/snapshots/:tag/info`. Absent optional fields are left out.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct SnapshotDetail {
+    /// Name.
+    pub tag: Tag,
+    /// Directory, on the daemon's host.
+    pub dir: String,
+    /// Creation time.
+    pub created_at_unix: u64,
+    /// Size of the guest's memory.
+    pub memory_logical_bytes: u64,
+    /// What its own memory layers occupy on disk.
+    pub memory_physical_bytes: u64,
+    /// Size of the CPU and device state.
+    pub vmstate_bytes: u64,
+    /// The snapshot it derives from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent_tag: Option<Tag>,
+    /// Digest of that snapshot's description, and so of its content.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent_content_hash: Option<String>,
+    /// How many snapshots it derives from; 0 for a base.
+    pub chain_depth: usize,
+    /// Snapshots that derive directly from it.
+    pub dependents: Vec<Tag>,
+    /// Snapshots that it derives from, the base first.
+    pub ancestors: Vec<Tag>,
+    /// vCPUs.
+    pub vcpus: u8,
+    /// Release of the guest's kernel.
+    pub kernel_release: String,
+    /// Version of the agent in the guest.
+    pub agent_version: String,
+    /// Languages whose runtime is warm.
+    pub warm: Vec<String>,
+}
+
+/// One line of `POST /v1/snapshots/:tag/verify`.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum VerifyProgress {
+    /// A file is being looked at.
+    Checking {
+        /// What it is.
+        what: String,
+        /// Bytes done.
+        done_bytes: u64,
+        /// Bytes in all.
+        total_bytes: u64,
+    },
+    /// A file is not what was written.
+    Bad {
+        /// What it is.
+        what: String,
+        /// Where it is.
+        path: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Everything was looked at.
+    Done {
+        /// Whether every file is what was written.
+        good: bool,
+        /// How many files there are.
+        files: usize,
+        /// Their size together.
+        total_bytes: u64,
+    },
+    /// It is not even known which files there should be.
+    Failed {
+        /// Why.
+        error: String,
+    },
+}
+
+impl VerifyProgress {
+    /// The line for a file that was checked, if it is bad.
+    pub(crate) fn of_bad(checked: &Checked) -> Option<Self> {
+        let reason = match &checked.outcome {
+            Outcome::Good => return None,
+            Outcome::Differs { expected, actual } => format!("its digest is {actual}, {expected} was written"),
+            Outcome::Unreadable { reason } => reason.clone(),
+        };
+        Some(Self::Bad { what: checked.what.clone(), path: checked.path.display().to_string(), reason })
+    }
+}
+
+/// One entry of the list.
+pub(crate) fn info(store: &Store, listed: &Listed) -> SnapshotInfo {
+    match listed {
+        Listed::Ready { snapshot, stored_bytes } => ready_info(snapshot, Some(*stored_bytes)),
+        Listed::Writing { tag } => SnapshotInfo {
+            status: SnapshotStatus::Writing,
+            ..unusable(tag, &store.root().join("snapshots").join(tag), None)
+        },
+        Listed::Failed { tag, dir, reason, stored_bytes } => {
+            SnapshotInfo { stored_bytes: Some(*stored_bytes), ..unusable(tag, dir, Some(reason.clone())) }
+        }
+    }
+}
+
+/// A whole snapshot as clients see it.
+pub(crate) fn ready_info(snapshot: &Snapshot, stored_bytes: Option<u64>) -> SnapshotInfo {
+    let meta = &snapshot.meta;
+    SnapshotInfo {
+        tag: meta.tag.clone(),
+        dir: snapshot.dir.display().to_string(),
+        created_at_unix: meta.created_at_unix,
+        branched_from: meta.branched_from.clone(),
+        pause_ms: meta.pause_us.map(|us| us / 1000),
+        warning: None,
+        status: SnapshotStatus::Ready,
+        bootable: true,
+        memory_bytes: Some(meta.memory_bytes),
+        stored_bytes,
+    }
+}
+
+fn unusable(tag: &Tag, dir: &Path, warning: Option<String>) -> SnapshotInfo {
+    let modified = dir.metadata().and_then(|metadata| metadata.modified()).ok();
+    SnapshotInfo {
+        tag: tag.clone(),
+        dir: dir.display().to_string(),
+        created_at_unix: modified.and_then(|at| at.duration_since(UNIX_EPOCH).ok()).map_or(0, |age| age.as_secs()),
+        branched_from: None,
+        pause_ms: None,
+        warning,
+        status: SnapshotStatus::Failed,
+        bootable: false,
+        memory_bytes: None,
+        stored_bytes: None,
+    }
+}
+
+/// Everything about the snapshot `tag`.
+pub(crate) fn detail(store: &Store, tag: &Tag) -> NodeResult<SnapshotDetail> {
+    let chain = store.chain(tag)?;
+    let (snapshot, ancestors) = chain.split_last().expect("a chain ends in its snapshot");
+    let dependents = store
+        .list()?
+        .into_iter()
+        .filter_map(|listed| match listed {
+            Listed::Ready { snapshot, .. } => Some(snapshot.meta),
+            Listed::Writing { .. } | Listed::Failed { .. } => None,
+        })
+        .filter(|meta| meta.parent.as_ref().is_some_and(|parent| parent.tag == *tag))
+        .map(|meta| meta.tag)
+        .collect();
+    let meta = &snapshot.meta;
+    let on_disk = |path: &Path| path.metadata().map_or(0, |metadata| metadata.blocks() * 512);
+    Ok(SnapshotDetail {
+        tag: meta.tag.clone(),
+        dir: snapshot.dir.display().to_string(),
+        created_at_unix: meta.created_at_unix,
+        memory_logical_bytes: meta.memory_bytes,
+        memory_physical_bytes: snapshot.memory_layers().map(|path| on_disk(&path)).sum(),
+        vmstate_bytes: snapshot.dir.join(VMSTATE).metadata().map_or(0, |metadata| metadata.len()),
+        parent_tag: meta.parent.as_ref().map(|parent| parent.tag.clone()),
+        parent_content_hash: meta.parent.as_ref().map(|parent| parent.digest.to_string()),
+        chain_depth: ancestors.len(),
+        dependents,
+        ancestors: ancestors.iter().map(|ancestor| ancestor.meta.tag.clone()).collect(),
+        vcpus: meta.vcpus,
+        kernel_release: meta.boot.kernel_release.clone(),
+        agent_version: meta.boot.agent_version.clone(),
+        warm: meta.warm.clone(),
+    })
+}

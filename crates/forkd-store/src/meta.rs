@@ -1,0 +1,339 @@
+//! `snapshot.json`: what a snapshot is made of and what it needs to run.
+//!
+//! Within one version, fields may be added with a default and readers ignore fields they do not
+//! know. A change of meaning is a new version, which older readers refuse by name.
+
+use forkd_proto::monitor::{Backing, SnapshotFacts};
+use forkd_types::{Digest, Tag};
+use serde::{Deserialize, Serialize};
+
+/// The version that this code writes, and the newest it reads.
+pub const CURRENT: u32 = 1;
+/// The largest `snapshot.json` that is read.
+pub(crate) const SIZE_LIMIT: u64 = 1 << 20;
+
+/// File name of the description.
+pub const SNAPSHOT_JSON: &str = "snapshot.json";
+/// File name of the CPU and device state.
+pub const VMSTATE: &str = "vmstate";
+/// File name of the guest pages that differ from the parent.
+pub const MEMORY_LAYER: &str = "memory.layer";
+/// File names of block layers start with this; [`disk_layer_name`] makes the whole name.
+pub const DISK_LAYER_PREFIX: &str = "disk-";
+
+/// File name of the blocks of disk `index` that differ from the parent: `disk-0.layer`.
+pub fn disk_layer_name(index: usize) -> String {
+    format!("{DISK_LAYER_PREFIX}{index}.layer")
+}
+
+/// The contents of `snapshot.json`.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct SnapshotMeta {
+    /// Format version, [`CURRENT`] when written by this code.
+    pub version: u32,
+    /// Name; the directory is called the same.
+    pub tag: Tag,
+    /// When it was made, seconds since the Unix epoch.
+    pub created_at_unix: u64,
+    /// The snapshot that the layers are differences from; none for a base.
+    #[serde(default)]
+    pub parent: Option<ParentRef>,
+    /// Id of the sandbox it was taken from, if any.
+    #[serde(default)]
+    pub branched_from: Option<String>,
+    /// How long that sandbox stood still, microseconds.
+    #[serde(default)]
+    pub pause_us: Option<u64>,
+    /// vCPUs.
+    pub vcpus: u8,
+    /// Guest memory in bytes.
+    pub memory_bytes: u64,
+    /// How a zygote's memory is best backed, unless a request says otherwise.
+    #[serde(default)]
+    pub memory_backing: Backing,
+    /// CPU and device state.
+    pub vmstate: VmState,
+    /// Guest memory over the parent's, oldest first.
+    pub memory_layers: Vec<MemoryLayer>,
+    /// Disks, in the order the guest sees them.
+    pub disks: Vec<Disk>,
+    /// What the guest was booted from and how it is reached.
+    #[serde(flatten)]
+    pub boot: Boot,
+    /// Languages whose runtime was running, warm.
+    #[serde(default)]
+    pub warm: Vec<String>,
+}
+
+/// A snapshot that another one builds on.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct ParentRef {
+    /// Its tag.
+    pub tag: Tag,
+    /// BLAKE3 of its `snapshot.json`, and so of everything in it.
+    pub digest: Digest,
+}
+
+/// The file [`VMSTATE`].
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct VmState {
+    /// BLAKE3 of the whole file.
+    pub digest: Digest,
+    /// Length of the file.
+    pub bytes: u64,
+}
+
+/// A file of guest pages.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct MemoryLayer {
+    /// File name in the snapshot's directory.
+    pub file: String,
+    /// Digest as the layer's writer defines it.
+    pub digest: Digest,
+    /// Pages it holds.
+    pub pages: u64,
+}
+
+/// One disk of the guest: an immutable base with layers over it.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Disk {
+    /// The blob that holds the base image.
+    pub base: Digest,
+    /// Size as the guest sees it, bytes.
+    pub logical_bytes: u64,
+    /// Blocks over the parent's, oldest first.
+    pub layers: Vec<DiskLayer>,
+}
+
+/// A file of disk blocks.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct DiskLayer {
+    /// File name in the snapshot's directory.
+    pub file: String,
+    /// Digest as the layer's writer defines it.
+    pub digest: Digest,
+    /// Blocks it holds.
+    pub blocks: u64,
+}
+
+/// What a guest was booted from and how it is reached: equal in a snapshot and all that derive from it.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Boot {
+    /// The blob that holds the kernel.
+    pub kernel: Digest,
+    /// The blob that holds the initramfs.
+    #[serde(default)]
+    pub initramfs: Option<Digest>,
+    /// Release text of the kernel, as `uname -r` shows it.
+    pub kernel_release: String,
+    /// Version of the agent in the guest.
+    pub agent_version: String,
+    /// Context id of the guest's vsock device.
+    pub guest_cid: u32,
+    /// The processor that the guest saw.
+    pub cpu: CpuFacts,
+}
+
+/// The processor that a guest saw; a host that lacks one of these features cannot run it.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct CpuFacts {
+    /// Vendor text of CPUID leaf 0, for example `AuthenticAMD`.
+    pub vendor: String,
+    /// Family, extended family added.
+    pub family: u32,
+    /// Model, extended model included.
+    pub model: u32,
+    /// Stepping.
+    pub stepping: u32,
+    /// Feature names as `/proc/cpuinfo` spells them, sorted.
+    pub features: Vec<String>,
+}
+
+impl SnapshotMeta {
+    /// The description of a base snapshot with the files that its writer reported in `facts`.
+    ///
+    /// `bases` holds the base blob and logical size of each disk, in disk order. Parent, source and
+    /// warm languages are left for the caller to fill in.
+    pub fn new(
+        tag: Tag,
+        created_at_unix: u64,
+        facts: &SnapshotFacts,
+        vmstate_bytes: u64,
+        bases: &[(Digest, u64)],
+        boot: Boot,
+    ) -> Self {
+        let layer_of = |index: usize| {
+            facts.disks.get(index).map(|&(digest, blocks)| DiskLayer { file: disk_layer_name(index), digest, blocks })
+        };
+        Self {
+            version: CURRENT,
+            tag,
+            created_at_unix,
+            parent: None,
+            branched_from: None,
+            pause_us: None,
+            vcpus: facts.vcpus,
+            memory_bytes: facts.memory_bytes,
+            memory_backing: Backing::default(),
+            vmstate: VmState { digest: facts.vmstate_digest, bytes: vmstate_bytes },
+            memory_layers: vec![MemoryLayer {
+                file: MEMORY_LAYER.to_owned(),
+                digest: facts.memory_digest,
+                pages: facts.memory_pages,
+            }],
+            disks: bases
+                .iter()
+                .enumerate()
+                .map(|(index, &(base, logical_bytes))| Disk {
+                    base,
+                    logical_bytes,
+                    layers: layer_of(index).into_iter().collect(),
+                })
+                .collect(),
+            boot,
+            warm: Vec::new(),
+        }
+    }
+
+    /// Every blob that the snapshot needs: kernel, initramfs, disk bases.
+    pub fn blobs(&self) -> impl Iterator<Item = Digest> + '_ {
+        let boot = [Some(self.boot.kernel), self.boot.initramfs];
+        boot.into_iter().flatten().chain(self.disks.iter().map(|disk| disk.base))
+    }
+
+    /// Names of the files beside `snapshot.json`: state, memory layers, disk layers.
+    pub fn files(&self) -> impl Iterator<Item = &str> {
+        let memory = self.memory_layers.iter().map(|layer| layer.file.as_str());
+        let disks = self.disks.iter().flat_map(|disk| &disk.layers).map(|layer| layer.file.as_str());
+        [VMSTATE].into_iter().chain(memory).chain(disks)
+    }
+
+    /// Reads a description. The error says what is wrong in words that fit after "unusable:".
+    pub(crate) fn parse(bytes: &[u8]) -> Result<Self, String> {
+        #[derive(Deserialize)]
+        struct Versioned {
+            version: u32,
+        }
+        let malformed = |error| format!("{SNAPSHOT_JSON} is malformed: {error}");
+        let Versioned { version } = serde_json::from_slice(bytes).map_err(malformed)?;
+        if version == 0 || version > CURRENT {
+            return Err(format!(
+                "{SNAPSHOT_JSON} has format version {version}, this program reads versions 1 to {CURRENT}; \
+                 a newer forkd wrote it"
+            ));
+        }
+        let meta: Self = serde_json::from_slice(bytes).map_err(malformed)?;
+        meta.check()?;
+        Ok(meta)
+    }
+
+    /// What would make the description unusable whatever files there are.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        for file in self.files() {
+            let plain = !file.is_empty() && !file.starts_with('.') && !file.contains(['/', '\0']);
+            if !plain || file == SNAPSHOT_JSON {
+                return Err(format!("{file:?} is not a plain name of a file in the snapshot's directory"));
+            }
+        }
+        if self.parent.as_ref().is_some_and(|parent| parent.tag == self.tag) {
+            return Err(format!("it names itself, {}, as its parent", self.tag));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const VERSION_1: &str = include_str!("../fixtures/snapshot-v1.json");
+
+    /// The description that the fixture holds.
+    pub(crate) fn sample(tag: &str) -> SnapshotMeta {
+        let digest = |byte| Digest::from_bytes([byte; 32]);
+        let facts = SnapshotFacts {
+            vcpus: 2,
+            memory_bytes: 512 << 20,
+            vmstate_digest: digest(1),
+            memory_digest: digest(2),
+            memory_pages: 23_456,
+            disks: vec![(digest(3), 789)],
+        };
+        let boot = Boot {
+            kernel: digest(4),
+            initramfs: Some(digest(5)),
+            kernel_release: "6.12.117+deb12-cloud-amd64".into(),
+            agent_version: "0.1.0".into(),
+            guest_cid: 3,
+            cpu: CpuFacts {
+                vendor: "AuthenticAMD".into(),
+                family: 25,
+                model: 17,
+                stepping: 1,
+                features: vec!["avx2".into(), "sse4_2".into()],
+            },
+        };
+        let mut meta = SnapshotMeta::new(
+            tag.parse().expect("legal tag"),
+            1_795_344_404,
+            &facts,
+            65_536,
+            &[(digest(6), 1 << 30)],
+            boot,
+        );
+        meta.parent = Some(ParentRef { tag: "base".parse().expect("legal tag"), digest: digest(7) });
+        meta.branched_from = Some("sb-6b02c814-0000".into());
+        meta.pause_us = Some(1200);
+        meta.warm = vec!["python".into()];
+        meta
+    }
+
+    #[test]
+    fn version_1_is_written_and_read_as_released() {
+        assert_eq!(SnapshotMeta::parse(VERSION_1.as_bytes()).expect("fixture"), sample("py"));
+        let text = serde_json::to_string_pretty(&sample("py")).expect("plain data");
+        assert_eq!(text.trim(), VERSION_1.trim(), "the format changed: add a version and a fixture");
+    }
+
+    #[test]
+    fn a_later_version_is_refused_by_name_even_when_nothing_else_fits() {
+        let error = SnapshotMeta::parse(br#"{"version": 2, "layers": 7}"#).expect_err("future");
+        assert!(error.contains("version 2") && error.contains("1 to 1"), "{error}");
+        assert!(SnapshotMeta::parse(br#"{"version": 0}"#).is_err());
+        assert!(SnapshotMeta::parse(b"").is_err());
+    }
+
+    #[test]
+    fn unknown_fields_are_ignored_and_optional_ones_may_be_absent() {
+        let mut value: serde_json::Value = serde_json::from_str(VERSION_1).expect("json");
+        let object = value.as_object_mut().expect("object");
+        for optional in ["parent", "branched_from", "pause_us", "memory_backing", "initramfs", "warm"] {
+            assert!(object.remove(optional).is_some(), "{optional}");
+        }
+        object.insert("colour".into(), "blue".into());
+        let meta = SnapshotMeta::parse(value.to_string().as_bytes()).expect("still readable");
+        assert_eq!(meta.parent, None);
+        assert_eq!(meta.blobs().count(), 2);
+    }
+
+    #[test]
+    fn file_names_cannot_leave_the_directory() {
+        for name in ["../x", "/etc/passwd", "", ".", "..", "a/b", SNAPSHOT_JSON] {
+            let mut meta = sample("py");
+            meta.memory_layers[0].file = name.into();
+            let text = serde_json::to_vec(&meta).expect("plain data");
+            assert!(SnapshotMeta::parse(&text).is_err(), "{name:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn damaged_descriptions_never_panic(at in 0..VERSION_1.len(), byte: u8) {
+            let mut bytes = VERSION_1.as_bytes().to_vec();
+            bytes[at] = byte;
+            let _ = SnapshotMeta::parse(&bytes);
+            let _ = SnapshotMeta::parse(&bytes[..at]);
+        }
+    }
+}

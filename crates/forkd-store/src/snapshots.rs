@@ -1,0 +1,250 @@
+//! Published snapshots: reading, listing, removing.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+use forkd_types::{Digest, Tag};
+
+use crate::disk_usage;
+use crate::meta::{SIZE_LIMIT, SNAPSHOT_JSON, SnapshotMeta, VMSTATE};
+use crate::store::{Store, remove_all};
+use crate::{Result, StoreError};
+
+/// A published snapshot. It never changes; it may be removed or replaced while this value lives.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Snapshot {
+    /// Its directory.
+    pub dir: PathBuf,
+    /// What `snapshot.json` says.
+    pub meta: SnapshotMeta,
+    /// BLAKE3 of `snapshot.json`: what a child records of its parent.
+    pub digest: Digest,
+}
+
+/// One entry of a listing.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Listed {
+    /// Whole and usable.
+    Ready {
+        /// The snapshot.
+        snapshot: Box<Snapshot>,
+        /// What its directory occupies on disk; its blobs and parents are not counted.
+        stored_bytes: u64,
+    },
+    /// Being written for the first time.
+    Writing {
+        /// The tag it will have.
+        tag: Tag,
+    },
+    /// There, but not usable.
+    Failed {
+        /// Its tag.
+        tag: Tag,
+        /// Its directory.
+        dir: PathBuf,
+        /// What is wrong.
+        reason: String,
+        /// What its directory occupies on disk, as far as it could be read.
+        stored_bytes: u64,
+    },
+}
+
+impl Listed {
+    /// The tag of the entry.
+    pub fn tag(&self) -> &Tag {
+        match self {
+            Self::Ready { snapshot, .. } => &snapshot.meta.tag,
+            Self::Writing { tag } | Self::Failed { tag, .. } => tag,
+        }
+    }
+}
+
+impl Snapshot {
+    /// Path of the CPU and device state.
+    pub fn vmstate(&self) -> PathBuf {
+        self.dir.join(VMSTATE)
+    }
+
+    /// Paths of this snapshot's own memory layers, oldest first; its parent's come before them.
+    pub fn memory_layers(&self) -> impl Iterator<Item = PathBuf> + '_ {
+        self.meta.memory_layers.iter().map(|layer| self.dir.join(&layer.file))
+    }
+
+    /// Paths of this snapshot's own layers of disk `index`, oldest first; its parent's come before them.
+    pub fn disk_layers(&self, index: usize) -> impl Iterator<Item = PathBuf> + '_ {
+        self.meta.disks.get(index).into_iter().flat_map(|disk| &disk.layers).map(|layer| self.dir.join(&layer.file))
+    }
+
+    fn load(dir: PathBuf, tag: &Tag) -> Result<Self> {
+        let damaged = |reason| StoreError::Damaged { tag: tag.clone(), dir: dir.clone(), reason };
+        let bytes = match read_limited(&dir.join(SNAPSHOT_JSON)) {
+            Ok(Some(bytes)) => bytes,
+            Ok(None) => return Err(damaged(format!("{SNAPSHOT_JSON} exceeds {SIZE_LIMIT} bytes"))),
+            Err(error) if error.kind() == io::ErrorKind::NotFound && !dir.exists() => {
+                return Err(StoreError::NotFound { tag: tag.clone() });
+            }
+            Err(error) => return Err(damaged(format!("{SNAPSHOT_JSON} cannot be read: {error}"))),
+        };
+        let meta = SnapshotMeta::parse(&bytes).map_err(&damaged)?;
+        if meta.tag != *tag {
+            return Err(damaged(format!("{SNAPSHOT_JSON} is that of a snapshot {}", meta.tag)));
+        }
+        for file in meta.files() {
+            match dir.join(file).symlink_metadata() {
+                Ok(metadata) if !metadata.is_file() => return Err(damaged(format!("{file} is not a regular file"))),
+                Ok(metadata) if file == VMSTATE && metadata.len() != meta.vmstate.bytes => {
+                    let (is, was) = (metadata.len(), meta.vmstate.bytes);
+                    return Err(damaged(format!("{file} holds {is} bytes, {was} were written")));
+                }
+                Ok(_) => {}
+                Err(error) => return Err(damaged(format!("{file} cannot be found: {error}"))),
+            }
+        }
+        let digest = Digest::from_bytes(*blake3::hash(&bytes).as_bytes());
+        Ok(Self { dir, meta, digest })
+    }
+}
+
+impl Store {
+    /// The snapshot `tag`.
+    ///
+    /// Reads its description and looks for its files; no digest is computed.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`], [`StoreError::Damaged`].
+    pub fn get(&self, tag: &Tag) -> Result<Snapshot> {
+        Snapshot::load(self.shared.snapshot(tag), tag)
+    }
+
+    /// The snapshot `tag` and all it derives from, the base first: the order in which memory and
+    /// disk layers are laid over one another.
+    ///
+    /// # Errors
+    /// As [`Store::get`], and [`StoreError::ParentMissing`].
+    pub fn chain(&self, tag: &Tag) -> Result<Vec<Snapshot>> {
+        let mut chain = vec![self.get(tag)?];
+        while let Some(parent) = chain.last().and_then(|newest| newest.meta.parent.clone()) {
+            let child = chain.last().map(|newest| newest.meta.tag.clone()).expect("the chain is never empty");
+            // A cycle would need a snapshot.json that holds its own BLAKE3, so this ends.
+            chain.push(self.parent(&child, &parent)?);
+        }
+        chain.reverse();
+        Ok(chain)
+    }
+
+    /// All snapshots in the order of their tags. A broken one is an entry, not an error.
+    pub fn list(&self) -> Result<Vec<Listed>> {
+        let mut writing = self.shared.changes().writing.clone();
+        let mut all = self.published()?;
+        writing.retain(|tag| all.iter().all(|listed| listed.tag() != tag));
+        writing.sort();
+        writing.dedup();
+        all.extend(writing.into_iter().map(|tag| Listed::Writing { tag }));
+        all.sort_by(|one, other| one.tag().cmp(other.tag()));
+        Ok(all)
+    }
+
+    /// Removes the snapshot `tag`, whole or broken. Its files are unlinked: what runs from them
+    /// runs on.
+    ///
+    /// # Errors
+    /// [`StoreError::HasChildren`] while others derive from it, [`StoreError::NotFound`].
+    pub fn remove(&self, tag: &Tag) -> Result<()> {
+        let changes = self.shared.changes();
+        let dir = self.shared.snapshot(tag);
+        if dir.symlink_metadata().is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
+            return Err(StoreError::NotFound { tag: tag.clone() });
+        }
+        self.refuse_children(tag)?;
+        let grave = self.shared.bury(&dir, tag.as_str())?;
+        drop(changes);
+        remove_all(&grave)
+    }
+
+    /// Every snapshot that derives from `tag`, directly or not, in an order in which they can be
+    /// removed: children before their parents. `tag` itself is not among them.
+    pub fn descendants(&self, tag: &Tag) -> Result<Vec<Tag>> {
+        let published = self.published()?;
+        let mut found = vec![tag.clone()];
+        let mut next = 0;
+        while next < found.len() {
+            let children = children_among(&published, &found[next]);
+            found.extend(children);
+            next += 1;
+        }
+        found.reverse();
+        found.pop();
+        Ok(found)
+    }
+
+    /// Published snapshots, whole and broken, in no order.
+    pub(crate) fn published(&self) -> Result<Vec<Listed>> {
+        let root = self.shared.snapshots();
+        let failed = |error: io::Error| StoreError::io("list", &root)(error);
+        let mut all = Vec::new();
+        for entry in root.read_dir().map_err(failed)? {
+            let name = entry.map_err(failed)?.file_name();
+            // What is no tag was not put here by a store.
+            let Ok(tag) = name.to_string_lossy().parse::<Tag>() else { continue };
+            let dir = root.join(&tag);
+            let measured = disk_usage::of_dir(&dir);
+            match (self.get(&tag), measured) {
+                (Ok(snapshot), Ok(stored_bytes)) => {
+                    all.push(Listed::Ready { snapshot: Box::new(snapshot), stored_bytes });
+                }
+                // Removed since the directory was read.
+                (Err(StoreError::NotFound { .. }), _) => {}
+                (Err(StoreError::Damaged { reason, .. }), measured) => {
+                    all.push(Listed::Failed { tag, dir, reason, stored_bytes: measured.unwrap_or(0) });
+                }
+                (Ok(_), Err(_)) if !dir.exists() => {}
+                (Err(error), _) | (Ok(_), Err(error)) => {
+                    all.push(Listed::Failed { tag, dir, reason: error.to_string(), stored_bytes: 0 });
+                }
+            }
+        }
+        Ok(all)
+    }
+
+    /// The parent that `child` names, or why it is not there.
+    pub(crate) fn parent(&self, child: &Tag, parent: &crate::ParentRef) -> Result<Snapshot> {
+        let missing = |actual| StoreError::ParentMissing {
+            tag: child.clone(),
+            parent: parent.tag.clone(),
+            expected: parent.digest,
+            actual,
+        };
+        match self.get(&parent.tag) {
+            Ok(snapshot) if snapshot.digest == parent.digest => Ok(snapshot),
+            Ok(snapshot) => Err(missing(Some(snapshot.digest))),
+            Err(StoreError::NotFound { .. }) => Err(missing(None)),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Fails while another snapshot names `tag` as its parent.
+    pub(crate) fn refuse_children(&self, tag: &Tag) -> Result<()> {
+        let mut children = children_among(&self.published()?, tag);
+        if children.is_empty() {
+            return Ok(());
+        }
+        children.sort();
+        Err(StoreError::HasChildren { tag: tag.clone(), children })
+    }
+}
+
+fn children_among(published: &[Listed], parent: &Tag) -> Vec<Tag> {
+    let named = |listed: &&Listed| match listed {
+        Listed::Ready { snapshot, .. } => snapshot.meta.parent.as_ref().is_some_and(|named| named.tag == *parent),
+        Listed::Writing { .. } | Listed::Failed { .. } => false,
+    };
+    published.iter().filter(named).map(|listed| listed.tag().clone()).collect()
+}
+
+/// The bytes of a file, or `None` when there are more than a description may have.
+fn read_limited(path: &Path) -> io::Result<Option<Vec<u8>>> {
+    let mut bytes = Vec::new();
+    File::open(path)?.take(SIZE_LIMIT + 1).read_to_end(&mut bytes)?;
+    Ok((bytes.len() as u64 <= SIZE_LIMIT).then_some(bytes))
+}

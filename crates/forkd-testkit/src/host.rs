@@ -1,0 +1,154 @@
+//! The host under test: where the programs are, and what has been prepared on it.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use forkd_types::rest::{SandboxInfo, SnapshotInfo, SpawnReport};
+
+use crate::{Output, Sandbox};
+
+/// Names the directory with the programs under test.
+pub const BIN_DIR: &str = "FORKD_BIN_DIR";
+/// The root disk of the tests: Python and numpy, as in the quick start.
+const NUMPY_DISK: &str = "debian:bookworm?include=python3-numpy";
+/// The snapshot made of it.
+const NUMPY_TAG: &str = "testkit-numpy";
+
+/// The programs under test with a data directory of their own.
+#[derive(Debug)]
+pub struct Host {
+    forkd: PathBuf,
+    data: PathBuf,
+    numpy: OnceLock<std::result::Result<Snapshot, String>>,
+}
+
+/// A snapshot to spawn from.
+#[derive(Debug, Clone)]
+pub struct Snapshot {
+    /// Its tag.
+    pub tag: String,
+}
+
+impl Host {
+    /// The one host of this test run.
+    ///
+    /// Its data directory, `target/testkit`, is kept between runs: downloaded kernels and built disks
+    /// are reused, snapshots are made anew by each program under test.
+    pub fn shared() -> Result<&'static Self> {
+        static SHARED: OnceLock<std::result::Result<Host, String>> = OnceLock::new();
+        SHARED
+            .get_or_init(|| Self::find().map_err(|error| format!("{error:#}")))
+            .as_ref()
+            .map_err(|error| anyhow::anyhow!("{error}"))
+    }
+
+    fn find() -> Result<Self> {
+        let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").canonicalize()?;
+        let bin = std::env::var_os(BIN_DIR).map_or_else(|| workspace.join("target/forkd"), PathBuf::from);
+        let forkd = bin.join("forkd");
+        if !forkd.is_file() {
+            bail!("{} does not exist; `make build` makes it, or set {BIN_DIR}", forkd.display());
+        }
+        let data = workspace.join("target/testkit");
+        std::fs::create_dir_all(&data)?;
+        Ok(Self { forkd, data, numpy: OnceLock::new() })
+    }
+
+    /// A `forkd` command to be run; its standard input is empty unless that is changed.
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(&self.forkd);
+        command.args(arguments).env("XDG_DATA_HOME", &self.data).stdin(Stdio::null());
+        for name in ["FORKD_URL", "FORKD_TOKEN"] {
+            command.env_remove(name);
+        }
+        command
+    }
+
+    /// Runs `forkd` and collects what it says.
+    pub fn forkd(&self, arguments: &[&str]) -> Result<Output> {
+        let output = self.command(arguments).output().with_context(|| format!("cannot run {}", self.forkd.display()))?;
+        Ok(Output::new(format!("forkd {}", arguments.join(" ")), output.status, output.stdout, output.stderr))
+    }
+
+    /// Runs a program on the host of the daemon: in the machine if there is one, else here.
+    pub fn on_daemon_host(&self, command: &[&str]) -> Result<Output> {
+        if self.in_machine()? {
+            let mut arguments = vec!["machine", "exec", "--"];
+            arguments.extend(command);
+            return self.forkd(&arguments);
+        }
+        let (program, rest) = command.split_first().context("no program given")?;
+        let output = Command::new(program).args(rest).stdin(Stdio::null()).output()?;
+        Ok(Output::new(command.join(" "), output.status, output.stdout, output.stderr))
+    }
+
+    /// Whether the daemon runs inside `forkd machine`.
+    pub fn in_machine(&self) -> Result<bool> {
+        Ok(self.data.join("forkd/machine").is_dir())
+    }
+
+    /// The snapshot with numpy imported, made on first use.
+    pub fn numpy(&self) -> Result<&Snapshot> {
+        self.numpy
+            .get_or_init(|| self.bake_numpy().map_err(|error| format!("{error:#}")))
+            .as_ref()
+            .map_err(|error| anyhow::anyhow!("the snapshot all tests use could not be made: {error}"))
+    }
+
+    fn bake_numpy(&self) -> Result<Snapshot> {
+        // A snapshot of an earlier run was made by other programs: it may not be what is tested.
+        self.forkd(&["kill", "--all"])?;
+        self.forkd(&["rmi", NUMPY_TAG])?;
+        self.bake(NUMPY_TAG, &["--warm", "import numpy, random"])
+    }
+
+    /// Bakes the numpy disk into the snapshot `tag` with further options of `from-image`.
+    pub fn bake(&self, tag: &str, options: &[&str]) -> Result<Snapshot> {
+        let mut arguments = vec!["from-image", NUMPY_DISK, "--tag", tag];
+        arguments.extend(options);
+        self.forkd(&arguments)?.success()?;
+        Ok(Snapshot { tag: tag.to_owned() })
+    }
+
+    /// Forks `n` children, all of which must come up.
+    pub fn spawn(&self, snapshot: &Snapshot, n: u32) -> Result<Vec<Sandbox<'_>>> {
+        let report: SpawnReport = self
+            .forkd(&["spawn", "--tag", &snapshot.tag, "-n", &n.to_string(), "--json"])?
+            .json()?;
+        let sandboxes: Vec<_> = report.sandboxes.into_iter().map(|info| Sandbox::new(self, info)).collect();
+        if sandboxes.len() != n as usize {
+            bail!("{} of {n} children came up; failures: {:?}", sandboxes.len(), report.failures);
+        }
+        Ok(sandboxes)
+    }
+
+    /// Forks one child.
+    pub fn spawn_one(&self, snapshot: &Snapshot) -> Result<Sandbox<'_>> {
+        Ok(self.spawn(snapshot, 1)?.remove(0))
+    }
+
+    /// All sandboxes there are.
+    pub fn sandboxes(&self) -> Result<Vec<SandboxInfo>> {
+        self.forkd(&["ls", "--json"])?.json()
+    }
+
+    /// All snapshots there are.
+    pub fn snapshots(&self) -> Result<Vec<SnapshotInfo>> {
+        self.forkd(&["images", "--json"])?.json()
+    }
+
+    /// Waits until `condition` holds; `what` is for the message when it never does.
+    pub fn wait_until(&self, what: &str, mut condition: impl FnMut() -> Result<bool>) -> Result<()> {
+        let end = Instant::now() + Duration::from_secs(60);
+        while !condition()? {
+            if Instant::now() > end {
+                bail!("waited a minute in vain until {what}");
+            }
+            std::thread::sleep(Duration::from_millis(200));
+        }
+        Ok(())
+    }
+}

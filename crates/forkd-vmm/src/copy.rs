@@ -1,0 +1,123 @@
+//! What a forked child does: become a running copy, or write a snapshot.
+//!
+//! Both begin alike: close what belongs to the parent. Both end in [`exit`](crate::fork::exit),
+//! never by returning (see [`crate::fork`]).
+
+use std::fs::File;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::time::Instant;
+
+use forkd_proto::monitor::{self, Event, Role};
+
+use crate::carried::{Carried, CarriedError};
+use crate::event_loop::{Ending, EventLoop};
+use crate::fork;
+use crate::machine::{Machine, MachineError, Resources};
+use crate::seed::Seed;
+use crate::stopwatch::Stopwatch;
+use crate::vcpu_thread::chain;
+use crate::writer;
+
+/// What the request for a running copy carried.
+#[derive(Debug)]
+pub struct CopyRequest {
+    name: String,
+    control: OwnedFd,
+    listener: Option<OwnedFd>,
+    vsock: OwnedFd,
+    console: File,
+    overlays: Vec<File>,
+    tap: Option<OwnedFd>,
+    cgroup: Option<OwnedFd>,
+}
+
+impl CopyRequest {
+    /// Takes what a copy with `disks` disks needs.
+    pub fn take(carried: &mut Carried, name: String, disks: usize) -> Result<Self, CarriedError> {
+        Ok(Self {
+            name,
+            control: carried.require(Role::Control)?,
+            listener: carried.take(Role::ControlListener),
+            vsock: carried.require(Role::VsockListener)?,
+            console: carried.require(Role::Console)?.into(),
+            overlays: carried.files(Role::DiskOverlay, disks)?,
+            tap: carried.take(Role::Tap),
+            cgroup: carried.take(Role::Cgroup),
+        })
+    }
+
+    fn raw_fds(&self) -> impl Iterator<Item = i32> {
+        [&self.control, &self.vsock]
+            .into_iter()
+            .chain(&self.listener)
+            .chain(&self.tap)
+            .chain(&self.cgroup)
+            .map(AsRawFd::as_raw_fd)
+            .chain([self.console.as_raw_fd()])
+            .chain(self.overlays.iter().map(AsRawFd::as_raw_fd))
+    }
+}
+
+/// In a fresh child: runs a copy of `seed` until it ends. `started` is when the request arrived.
+pub fn run(seed: &Seed, request: CopyRequest, started: Instant) -> ! {
+    let mut stopwatch = Stopwatch::since(started);
+    stopwatch.lap("fork");
+    let keep: Vec<i32> = seed.raw_fds().into_iter().chain(request.raw_fds()).collect();
+    fork::close_all_but(&keep);
+    let _ = rustix::thread::set_name(&thread_name(&request.name));
+    let control = request.control;
+    let outcome = enter_cgroup(request.cgroup).and_then(|()| {
+        stopwatch.lap("detach");
+        let disks =
+            seed.disks.iter().cloned().zip(request.overlays).map(|(image, overlay)| image.with_overlay(overlay)).collect();
+        let resources = Resources { disks, vsock: request.vsock, console: request.console, tap: request.tap };
+        let mut machine =
+            Machine::restore(seed.kvm.clone(), &seed.state, seed.ram.clone(), resources, &mut stopwatch)?;
+        machine.announce_restore();
+        machine.renew_generation()?;
+        machine.start()?;
+        stopwatch.lap("start");
+        Ok(machine)
+    });
+    let machine = match outcome {
+        Ok(machine) => machine,
+        Err(error) => {
+            let _ = monitor::send(&control, &Event::Failed { error: chain(&error) }, &[]);
+            fork::exit(1);
+        }
+    };
+    let _ = monitor::send(&control, &Event::Running { stages: stopwatch.finish() }, &[]);
+    let ending = EventLoop::new(machine, control, request.listener).run();
+    fork::exit(i32::from(ending != Ending::Stopped));
+}
+
+/// In a fresh child: writes a snapshot of `seed` into `directory`, says so on `control`, and ends.
+pub fn write_snapshot(seed: &Seed, control: OwnedFd, directory: OwnedFd, started: Instant) -> ! {
+    let mut stopwatch = Stopwatch::since(started);
+    stopwatch.lap("fork");
+    let own = [control.as_raw_fd(), directory.as_raw_fd()];
+    let keep: Vec<i32> = seed.raw_fds().into_iter().chain(own).collect();
+    fork::close_all_but(&keep);
+    let _ = rustix::thread::set_name(c"forkd-writer");
+    let event = match writer::write(seed, &directory, &mut stopwatch) {
+        Ok(facts) => Event::Written { facts, stages: stopwatch.finish() },
+        Err(error) => Event::Failed { error: chain(&error) },
+    };
+    let failed = monitor::send(&control, &event, &[]).is_err() || matches!(event, Event::Failed { .. });
+    fork::exit(i32::from(failed));
+}
+
+/// Moves this process into the cgroup whose directory was carried.
+fn enter_cgroup(directory: Option<OwnedFd>) -> Result<(), MachineError> {
+    let Some(directory) = directory else { return Ok(()) };
+    let system = |source: rustix::io::Errno| MachineError::System { attempt: "enter the cgroup", source: source.into() };
+    let flags = rustix::fs::OFlags::WRONLY | rustix::fs::OFlags::CLOEXEC;
+    let procs = rustix::fs::openat(&directory, c"cgroup.procs", flags, rustix::fs::Mode::empty()).map_err(system)?;
+    rustix::io::write(&procs, b"0").map(drop).map_err(system)
+}
+
+/// The first 15 bytes of a name, which is what the kernel keeps.
+fn thread_name(name: &str) -> std::ffi::CString {
+    let kept: Vec<u8> = name.bytes().filter(|byte| *byte != 0).take(15).collect();
+    std::ffi::CString::new(kept).expect("no zero byte is left")
+}

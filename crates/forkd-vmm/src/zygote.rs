@@ -1,0 +1,194 @@
+//! A zygote: a monitor that holds a snapshot ready and never runs it.
+//!
+//! It has one thread, the memory mapped and the state parsed. To spawn a copy it forks; everything
+//! that takes time happens in the child, so that a hundred children come up on as many processors
+//! as there are.
+
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Instant;
+
+use forkd_devices::block::{DiskError, DiskImage, LayerExtent, SealedLayer};
+use forkd_kvm::{Kvm, KvmError, Vm, cpuid};
+use forkd_memory::layer::DATA_OFFSET;
+use forkd_memory::{Backing, GuestRam, Layer, LayerError, MemoryLayout, MemorySizeError, RamError};
+use forkd_proto::frame::FrameError;
+use forkd_proto::monitor::{self, Command, Event, Role, ZygoteConfig};
+
+use crate::carried::{Carried, CarriedError};
+use crate::copy::{self, CopyRequest};
+use crate::fork::{self, Side};
+use crate::seed::Seed;
+use crate::state::{MachineState, PAYLOAD_LIMIT, StateError};
+use crate::vcpu_thread::chain;
+
+/// Why a snapshot cannot be held.
+#[derive(Debug, thiserror::Error)]
+pub enum ZygoteError {
+    /// A descriptor is missing.
+    #[error("the launch message is malformed")]
+    Carried(#[from] CarriedError),
+    /// `vmstate` cannot be read.
+    #[error("cannot read vmstate")]
+    ReadState(#[source] std::io::Error),
+    /// `vmstate` is not usable.
+    #[error("vmstate is not usable")]
+    State(#[from] StateError),
+    /// A layer of memory or disk cannot be opened.
+    #[error("cannot open a {kind} layer")]
+    Layer {
+        /// Memory or disk.
+        kind: &'static str,
+        /// Why.
+        source: LayerError,
+    },
+    /// A disk cannot be assembled.
+    #[error("cannot assemble disk {index}")]
+    Disk {
+        /// Which.
+        index: usize,
+        /// Why.
+        source: DiskError,
+    },
+    /// The snapshot's memory size is not one a machine can have.
+    #[error(transparent)]
+    MemorySize(#[from] MemorySizeError),
+    /// Memory cannot be mapped.
+    #[error("cannot map the snapshot's memory")]
+    Ram(#[from] RamError),
+    /// A KVM call failed.
+    #[error("cannot use KVM")]
+    Kvm(#[from] KvmError),
+    /// The snapshot was made on a processor with features that this one lacks.
+    #[error("the snapshot's guest uses processor features that this host lacks: {}", .0.join(", "))]
+    Features(Vec<String>),
+}
+
+/// Reads a snapshot into a seed. Also returns what was done otherwise than asked.
+pub fn load(config: &ZygoteConfig, carried: &mut Carried) -> Result<(Seed, Vec<String>), ZygoteError> {
+    let kvm = Arc::new(Kvm::from_fd(carried.require(Role::Kvm)?)?);
+    let mut bytes = Vec::new();
+    File::from(carried.require(Role::VmState)?)
+        .take(PAYLOAD_LIMIT as u64 + 4096)
+        .read_to_end(&mut bytes)
+        .map_err(ZygoteError::ReadState)?;
+    let state = MachineState::decode(&bytes)?;
+    let missing = state.vcpus.first().map(|vcpu| cpuid::missing_features(&kvm, &vcpu.cpuid)).unwrap_or_default();
+    if !missing.is_empty() {
+        return Err(ZygoteError::Features(missing));
+    }
+    let layers = open_layers("memory", carried.all(Role::MemoryLayer))?;
+    let layout = MemoryLayout::new(state.config.memory_bytes)?;
+    let (ram, warnings) = map_memory(layout, &layers, config)?;
+    ram.prefetch(&config.prefetch);
+    let disks = assemble_disks(&state, carried)?;
+    let mut seed = Seed { kvm, ram, state, disks };
+    lighten(&mut seed)?;
+    Ok((seed, warnings))
+}
+
+fn open_layers(kind: &'static str, files: Vec<File>) -> Result<Vec<Layer>, ZygoteError> {
+    files.into_iter().map(|file| Layer::open(file).map_err(|source| ZygoteError::Layer { kind, source })).collect()
+}
+
+fn map_memory(
+    layout: MemoryLayout,
+    layers: &[Layer],
+    config: &ZygoteConfig,
+) -> Result<(GuestRam, Vec<String>), ZygoteError> {
+    let backing = match config.backing {
+        monitor::Backing::File => Backing::File,
+        monitor::Backing::TransparentHugePages => Backing::TransparentHugePages,
+        monitor::Backing::ReservedHugePages => Backing::ReservedHugePages,
+    };
+    match GuestRam::from_layers(layout, layers, backing) {
+        Ok(ram) => Ok((ram, Vec::new())),
+        Err(error @ RamError::PoolTooSmall { .. }) => {
+            let warning = format!("ordinary 4 KiB pages are used: {error}");
+            Ok((GuestRam::from_layers(layout, layers, Backing::File)?, vec![warning]))
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Layers belong to disk 0, the root disk; other disks are immutable or start empty.
+fn assemble_disks(state: &MachineState, carried: &mut Carried) -> Result<Vec<DiskImage>, ZygoteError> {
+    let bases = carried.files(Role::DiskBase, state.config.disks.len())?;
+    let mut layers = open_layers("disk", carried.all(Role::DiskLayer))?;
+    let mut images = Vec::new();
+    for (index, (base, &size)) in bases.into_iter().zip(&state.config.disks).enumerate() {
+        let disk_error = |source| ZygoteError::Disk { index, source };
+        let sealed: Result<Vec<_>, _> =
+            layers.drain(..).map(sealed_layer).collect();
+        images.push(DiskImage::new(base, size, sealed.map_err(disk_error)?).map_err(disk_error)?);
+    }
+    Ok(images)
+}
+
+/// A layer file as the block device reads it.
+fn sealed_layer(layer: Layer) -> Result<Arc<SealedLayer>, DiskError> {
+    let stored = layer.data().iter().map(|&run| LayerExtent { run, offset: Some(DATA_OFFSET + run.offset()) });
+    let zero = layer.zero().iter().map(|&run| LayerExtent { run, offset: None });
+    let mut extents: Vec<_> = stored.chain(zero).collect();
+    extents.sort_unstable_by_key(|extent| extent.run);
+    SealedLayer::packed(layer.into_file(), extents).map(Arc::new)
+}
+
+/// Leaves out of the state what a fresh vCPU has anyway, once for all copies.
+pub(crate) fn lighten(seed: &mut Seed) -> Result<(), ZygoteError> {
+    let (vm, _) = Vm::new(&seed.kvm, seed.ram.memory())?;
+    for (index, vcpu) in (0..).zip(&mut seed.state.vcpus) {
+        vcpu.drop_default_msrs(&seed.kvm, &vm, index)?;
+    }
+    Ok(())
+}
+
+/// Serves the node until it closes the connection or asks the zygote to end.
+pub fn serve(seed: &Seed, control: &OwnedFd) {
+    loop {
+        let (command, fds) = match monitor::receive::<Command>(control) {
+            Ok(message) => message,
+            Err(FrameError::Closed | FrameError::Io(_)) => return,
+            Err(error) => {
+                let _ = monitor::send(control, &Event::Failed { error: chain(&error) }, &[]);
+                return;
+            }
+        };
+        let event = match command {
+            Command::Kill => return,
+            Command::Fork { fds: roles, name } => fork_copy(seed, &roles, fds, name),
+            Command::Snapshot { .. } => {
+                Event::Failed { error: "a zygote is a snapshot already; there is nothing to write".to_owned() }
+            }
+            Command::Pages => match seed.ram.page_map() {
+                Ok(map) => Event::pages(&map.present, &map.private),
+                Err(error) => Event::Failed { error: chain(&error) },
+            },
+        };
+        if monitor::send(control.as_fd(), &event, &[]).is_err() {
+            return;
+        }
+    }
+}
+
+fn fork_copy(seed: &Seed, roles: &[Role], fds: Vec<OwnedFd>, name: String) -> Event {
+    let started = Instant::now();
+    let failed = |error: &dyn std::error::Error| Event::Failed { error: chain(error) };
+    let request = match Carried::new(roles, fds)
+        .and_then(|mut carried| CopyRequest::take(&mut carried, name, seed.disks.len()))
+    {
+        Ok(request) => request,
+        Err(error) => return failed(&error),
+    };
+    match fork::fork() {
+        Ok(Side::Child) => copy::run(seed, request, started),
+        Ok(Side::Parent(pid)) => {
+            let mut stages = forkd_types::StageTimings::default();
+            stages.record("fork", started.elapsed());
+            Event::Forked { pid, pause_us: 0, stages }
+        }
+        Err(error) => failed(&error),
+    }
+}
