@@ -26,7 +26,6 @@ impl Environment {
             ("HOME".to_owned(), "/root".to_owned()),
             ("LANG".to_owned(), "C.UTF-8".to_owned()),
             ("PATH".to_owned(), DEFAULT_PATH.to_owned()),
-            ("TERM".to_owned(), "xterm-256color".to_owned()),
         ]);
         if let Ok(text) = fs::read_to_string(IMAGE_ENVIRONMENT) {
             variables.extend(parse(&text));

@@ -95,7 +95,7 @@ fn ping(agent: &Agent) -> Value {
         "numpy_version": pong.numpy_version.as_deref().unwrap_or("not-installed"),
         "pid": std::process::id(),
         "agent_lang": agent.environment.get("FORKD_AGENT_LANG").unwrap_or_else(|| "python".to_owned()),
-        "warmup_ready": true,
+        "warmup_ready": agent.warmup.get().is_some() || agent.environment.get("FORKD_WARMUP_CMD").is_none(),
     })
 }
 
@@ -165,15 +165,16 @@ fn append(kept: &mut Vec<u8>, bytes: &[u8]) {
 }
 
 fn evaluate(agent: &Agent, connection: &Connection, request: &Value) -> Result<Value, Failure> {
-    let code = request
-        .get("code")
-        .and_then(Value::as_str)
-        .ok_or_else(|| failure::invalid("eval needs code, a string"))?;
+    let code =
+        request.get("code").and_then(Value::as_str).ok_or_else(|| failure::invalid("eval needs code, a string"))?;
     let language = match agent.environment.get("FORKD_AGENT_LANG").as_deref() {
         Some("node") => Language::Node,
         _ => Language::Python,
     };
-    let evaluated = agent.runtimes.run(Some(language), code, Scope::Single, None, connection)?;
+    let evaluated = match agent.evaluating_warmup() {
+        Some(warmup) => warmup.evaluate(code, None)?,
+        None => agent.runtimes.run(Some(language), code, Scope::Single, None, connection)?,
+    };
     Ok(match (evaluated.error, language) {
         (Some(trace), Language::Python) => {
             let last = trace.trim_end().lines().last().unwrap_or_default().to_owned();

@@ -30,6 +30,7 @@ pub mod spawn;
 pub mod token;
 pub mod tunnel;
 pub mod users;
+pub mod warmup;
 
 use std::io;
 use std::panic;

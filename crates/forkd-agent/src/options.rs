@@ -132,8 +132,7 @@ impl BootOptions {
         let listen = value("forkd.listen")
             .and_then(|text| noted(&mut errors, socket_address("forkd.listen", text)))
             .unwrap_or_else(|| SocketAddr::from(([0, 0, 0, 0], forkd_proto::agent::AGENT_PORT as u16)));
-        let volumes =
-            value("forkd.mounts").and_then(|text| noted(&mut errors, volumes(text))).unwrap_or_default();
+        let volumes = value("forkd.mounts").and_then(|text| noted(&mut errors, volumes(text))).unwrap_or_default();
         let options = Self {
             root: value("forkd.root").map(PathBuf::from),
             root_type: value("forkd.rootfstype").unwrap_or("ext4").to_owned(),

@@ -63,11 +63,40 @@ fn others_run() -> bool {
 /// Puts file systems to rest and powers the machine off.
 pub fn power_off() {
     rustix::fs::sync();
-    if let Err(error) = rustix::mount::mount_remount("/", MountFlags::RDONLY, "") {
-        console::warn(&format!("cannot make the root file system read-only before power-off: {error}"));
-        rustix::fs::sync();
+    // The last mounted first: one may lie on another.
+    let mounts = std::fs::read_to_string("/proc/mounts").unwrap_or_default();
+    for place in on_disks(&mounts).rev() {
+        if let Err(error) = rustix::mount::mount_remount(&place, MountFlags::RDONLY, "") {
+            console::warn(&format!("cannot make {place} read-only before power-off: {error}"));
+            rustix::fs::sync();
+        }
     }
     if let Err(error) = rustix::system::reboot(RebootCommand::PowerOff) {
         console::announce(&format!("forkd-agent: cannot power off: {error}"));
+    }
+}
+
+/// Where the file systems of disks are mounted, in the order of mounting.
+fn on_disks(mounts: &str) -> impl DoubleEndedIterator<Item = String> {
+    mounts.lines().filter_map(|line| {
+        let mut fields = line.split(' ');
+        let device = fields.next()?;
+        let place = fields.next()?;
+        // The kernel writes blanks and backslashes in octal.
+        let plain = [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")];
+        device
+            .starts_with("/dev/")
+            .then(|| plain.iter().fold(place.to_owned(), |place, (octal, text)| place.replace(octal, text)))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn disks_are_told_from_the_kernels_own_file_systems() {
+        let mounts = "proc /proc proc rw 0 0\n/dev/vda / ext4 rw,noatime 0 0\n/dev/vdb /my\\040data ext4 rw 0 0\n";
+        assert_eq!(on_disks(mounts).collect::<Vec<_>>(), ["/", "/my data"]);
     }
 }

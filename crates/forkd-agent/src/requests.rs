@@ -2,13 +2,13 @@
 
 use std::time::Duration;
 
-use forkd_proto::agent::{FailureCode, PROTOCOL_VERSION, Pong, Request, Response};
+use forkd_proto::agent::{Eval, Evaluated, Failure, FailureCode, PROTOCOL_VERSION, Pong, Request, Response};
 use forkd_proto::frame::{FrameError, Kind};
 
 use crate::agent::Agent;
 use crate::connection::Connection;
 use crate::token::Token;
-use crate::{exec, failure, files, identity, poweroff, tunnel};
+use crate::{exec, failure, files, identity, poweroff, runtimes, tunnel};
 
 /// How long a client may take to say what it wants.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -47,7 +47,7 @@ fn receive(connection: &Connection) -> Result<Option<Request>, FrameError> {
 }
 
 fn refuse(connection: Connection, code: FailureCode, message: &str) -> Result<(), FrameError> {
-    connection.fail(forkd_proto::agent::Failure { code, message: message.to_owned() })?;
+    connection.fail(Failure { code, message: message.to_owned() })?;
     connection.close_gently();
     Ok(())
 }
@@ -61,7 +61,7 @@ fn carry_out(agent: &Agent, connection: Connection, request: Request) -> Result<
         }
         Request::Tunnel { port } => return tunnel::serve(connection, port),
         Request::Shutdown => return poweroff::serve(agent, connection),
-        Request::Eval(request) => agent.runtimes.evaluate(&request, &connection).map(Response::Evaluated),
+        Request::Eval(request) => evaluate(agent, &connection, &request).map(Response::Evaluated),
         Request::Hello { .. } => Err(failure::invalid("hello comes once, before the request")),
         Request::Ping => Ok(Response::Pong(pong(agent))),
         Request::Identify(request) => {
@@ -80,6 +80,17 @@ fn carry_out(agent: &Agent, connection: Connection, request: Request) -> Result<
     connection.respond(&answer.unwrap_or_else(Response::Error))
 }
 
+/// Code without a language is the warm-up program's, if the image has one that evaluates.
+fn evaluate(agent: &Agent, connection: &Connection, request: &Eval) -> Result<Evaluated, Failure> {
+    match agent.evaluating_warmup().filter(|_| request.language.is_none()) {
+        Some(warmup) => {
+            let limit = request.timeout_ms.map(Duration::from_millis);
+            warmup.evaluate(&request.code, limit).map(runtimes::fit_in_a_frame)
+        }
+        None => agent.runtimes.evaluate(request, connection),
+    }
+}
+
 /// What is here.
 pub fn pong(agent: &Agent) -> Pong {
     let uptime = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
@@ -93,4 +104,3 @@ pub fn pong(agent: &Agent) -> Pong {
         uptime_ns: uptime.tv_sec as u64 * 1_000_000_000 + uptime.tv_nsec as u64,
     }
 }
-

@@ -32,6 +32,8 @@ pub enum Streams {
     },
     /// A pseudo-terminal of this size.
     Terminal(TerminalSize),
+    /// Pipes for input and output; errors go where the agent's go.
+    Lines,
     /// The agent's own, with nothing to read.
     Inherited,
 }
@@ -88,6 +90,9 @@ pub fn start(reaper: &Arc<Reaper>, program: Program) -> io::Result<(ExitWatch, E
             ends.output = Some(master.try_clone()?);
             ends.terminal = Some(master);
         }
+        Streams::Lines => {
+            command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::inherit());
+        }
         Streams::Inherited => {
             command.stdin(Stdio::null()).stdout(Stdio::inherit()).stderr(Stdio::inherit());
         }
@@ -105,7 +110,7 @@ pub fn start(reaper: &Arc<Reaper>, program: Program) -> io::Result<(ExitWatch, E
         let pid = Pid::from_raw(child.id() as i32).expect("a started process has a positive id");
         Ok::<_, io::Error>((pid, child))
     })?;
-    if let Streams::Pipes { .. } = program.streams {
+    if let Streams::Pipes { .. } | Streams::Lines = program.streams {
         ends.input = child.stdin.take().map(OwnedFd::from);
         ends.output = child.stdout.take().map(OwnedFd::from);
         ends.errors = child.stderr.take().map(OwnedFd::from);
@@ -125,6 +130,10 @@ fn become_program(on_terminal: bool, credentials: Option<&Credentials>, keeps: &
         rustix::thread::set_thread_res_gid(gid, gid, gid)?;
         rustix::thread::set_thread_res_uid(uid, uid, uid)?;
     }
+    // Everything of the agent's is close-on-exec; this is for what the agent itself was started with.
+    // Kernels before 5.11 refuse the flag, and then those stay open.
+    // SAFETY: only flags change; no descriptor is closed before the exec.
+    unsafe { libc::close_range(3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC as libc::c_int) };
     for &fd in keeps {
         // SAFETY: `fd` is open: the parent holds it in `Program::keeps` until the child has started.
         let fd = unsafe { rustix::fd::BorrowedFd::borrow_raw(fd) };
@@ -137,7 +146,8 @@ fn open_terminal(size: TerminalSize) -> io::Result<(OwnedFd, OwnedFd)> {
     let master = rustix::pty::openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
     rustix::pty::unlockpt(&master)?;
     resize_terminal(&master, size)?;
-    let slave = rustix::pty::ioctl_tiocgptpeer(&master, OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
+    let slave =
+        rustix::pty::ioctl_tiocgptpeer(&master, OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
     Ok((master, slave))
 }
 

@@ -40,9 +40,10 @@ pub fn serve(connection: Connection, port: u16) -> Result<(), FrameError> {
 /// A server may listen on either loopback address.
 fn connect(port: u16) -> std::io::Result<TcpStream> {
     let limit = Duration::from_secs(10);
-    let server = TcpStream::connect_timeout(&SocketAddr::from((Ipv4Addr::LOCALHOST, port)), limit).or_else(|error| {
-        TcpStream::connect_timeout(&SocketAddr::from((Ipv6Addr::LOCALHOST, port)), limit).map_err(|_| error)
-    })?;
+    let server =
+        TcpStream::connect_timeout(&SocketAddr::from((Ipv4Addr::LOCALHOST, port)), limit).or_else(|error| {
+            TcpStream::connect_timeout(&SocketAddr::from((Ipv6Addr::LOCALHOST, port)), limit).map_err(|_| error)
+        })?;
     server.set_nodelay(true)?;
     Ok(server)
 }

@@ -155,7 +155,8 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const PASSWD: &str = "root:x:0:0:root:/root:/bin/bash\nbroken\nann:x:1000:1000:Ann,,,:/home/ann:/bin/sh\n77:x:5:6::/srv:\n";
+    const PASSWD: &str =
+        "root:x:0:0:root:/root:/bin/bash\nbroken\nann:x:1000:1000:Ann,,,:/home/ann:/bin/sh\n77:x:5:6::/srv:\n";
     const GROUP: &str = "root:x:0:\nann:x:1000:\ndocker:x:998:bob, ann\nwheel:x:10:ann\nodd\n";
 
     fn ids(user: &User) -> (u32, u32, Vec<u32>) {

@@ -1,5 +1,5 @@
 //! Programs run by a real agent.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 mod support;
 
@@ -137,8 +137,7 @@ fn two_hundred_mebibytes_stream_with_bounded_memory() {
 #[test]
 fn a_client_that_does_not_read_stops_the_program_and_not_the_time_limit() {
     let agent = Agent::start();
-    let mut client =
-        agent.start_exec(Exec { timeout_ms: Some(700), ..sh("echo $$; exec cat /dev/zero") }).unwrap();
+    let mut client = agent.start_exec(Exec { timeout_ms: Some(700), ..sh("echo $$; exec cat /dev/zero") }).unwrap();
     let pid: u32 = client.wait_for("\n").lines().next().unwrap().parse().unwrap();
     let written = |pid| {
         let io = std::fs::read_to_string(format!("/proc/{pid}/io")).unwrap();
@@ -169,11 +168,8 @@ fn a_terminal_is_a_terminal() {
 #[test]
 fn control_c_on_a_terminal_interrupts() {
     let agent = Agent::start();
-    let exec = Exec {
-        stdin: true,
-        terminal: Some(TerminalSize { rows: 24, columns: 80 }),
-        ..sh("echo ready; sleep 60")
-    };
+    let exec =
+        Exec { stdin: true, terminal: Some(TerminalSize { rows: 24, columns: 80 }), ..sh("echo ready; sleep 60") };
     let mut client = agent.start_exec(exec).unwrap();
     client.wait_for("ready");
     client.send(Kind::Stdin, &[3]);
@@ -183,7 +179,8 @@ fn control_c_on_a_terminal_interrupts() {
 #[test]
 fn signals_reach_the_whole_group() {
     let agent = Agent::start();
-    let mut client = agent.start_exec(sh("sleep 60 & trap 'echo caught; wait; exit 5' USR1; echo ready; wait")).unwrap();
+    let mut client =
+        agent.start_exec(sh("sleep 60 & trap 'echo caught; wait; exit 5' USR1; echo ready; wait")).unwrap();
     client.wait_for("ready");
     client.control(&ExecControl::Signal { signal: 10 });
     let outcome = client.finish().unwrap();
@@ -194,10 +191,8 @@ fn signals_reach_the_whole_group() {
 fn a_time_limit_kills_children_and_grandchildren() {
     let agent = Agent::start();
     let started = Instant::now();
-    let outcome = agent.exec(Exec {
-        timeout_ms: Some(300),
-        ..sh("sh -c 'sleep 61 & echo $!; sleep 61' & echo $!; sleep 61")
-    });
+    let outcome =
+        agent.exec(Exec { timeout_ms: Some(300), ..sh("sh -c 'sleep 61 & echo $!; sleep 61' & echo $!; sleep 61") });
     assert!(outcome.timed_out && outcome.code == -9, "{outcome:?}");
     assert!(started.elapsed() < Duration::from_secs(5));
     let pids: Vec<u32> = outcome.text().lines().map(|pid| pid.parse().unwrap()).collect();
@@ -209,8 +204,7 @@ fn a_time_limit_kills_children_and_grandchildren() {
 fn a_client_that_goes_takes_its_program_along() {
     let agent = Agent::start();
     let mut client = agent.start_exec(sh("sleep 62 & echo $$ $!; wait")).unwrap();
-    let pids: Vec<u32> =
-        client.wait_for("\n").split_whitespace().map(|pid| pid.parse().unwrap()).collect();
+    let pids: Vec<u32> = client.wait_for("\n").split_whitespace().map(|pid| pid.parse().unwrap()).collect();
     drop(client);
     eventually("both are dead", || pids.iter().all(|pid| !process_exists(*pid)));
 }
@@ -219,7 +213,8 @@ fn a_client_that_goes_takes_its_program_along() {
 fn a_detached_program_outlives_its_client() {
     let agent = Agent::start();
     let file = tempfile::NamedTempFile::new().unwrap();
-    let script = format!("echo $$; for i in 1 2 3 4 5; do echo line; sleep 0.1; done; echo end > {}", file.path().display());
+    let script =
+        format!("echo $$; for i in 1 2 3 4 5; do echo line; sleep 0.1; done; echo end > {}", file.path().display());
     let mut client = agent.start_exec(Exec { detach: true, ..sh(&script) }).unwrap();
     let pid: u32 = client.wait_for("\n").lines().next().unwrap().parse().unwrap();
     drop(client);
@@ -227,6 +222,37 @@ fn a_detached_program_outlives_its_client() {
     assert!(process_exists(pid));
     eventually("it comes to its end", || std::fs::read_to_string(file.path()).unwrap() == "end\n");
     eventually("it is reaped", || !process_exists(pid));
+}
+
+#[test]
+fn in_a_copy_of_the_machine_programs_go_on_though_their_connections_broke() {
+    let agent = Agent::start();
+    let start = || {
+        let mut client = agent.start_exec(sh("echo $$; exec sleep 63")).unwrap();
+        let pid: u32 = client.wait_for("\n").lines().next().unwrap().parse().unwrap();
+        (client, pid)
+    };
+    let break_connection = |client: support::Client| {
+        // Closing with nothing lingering sends a reset.
+        rustix::net::sockopt::set_socket_linger(&client.0, Some(Duration::ZERO)).unwrap();
+    };
+    let (client, pid) = start();
+    break_connection(client);
+    std::thread::sleep(Duration::from_millis(200));
+    assert!(process_exists(pid), "perhaps this machine is a copy");
+    agent.identify("sb-copy", 1);
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(process_exists(pid), "it is");
+    agent.exec(args(&["kill", &pid.to_string()]));
+
+    let (client, pid) = start();
+    break_connection(client);
+    let mut gone = false;
+    for _ in 0..80 {
+        std::thread::sleep(Duration::from_millis(100));
+        gone |= !process_exists(pid);
+    }
+    assert!(gone, "without a new identity a broken connection is a client that went away");
 }
 
 #[test]

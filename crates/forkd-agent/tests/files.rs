@@ -151,7 +151,9 @@ fn tunnels_carry_both_directions_and_half_closes() {
     server.join().unwrap();
 
     let unused = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-    assert!(matches!(agent.request(&Request::Tunnel { port: unused }), Response::Error(failure) if failure.code == FailureCode::NotFound));
+    assert!(
+        matches!(agent.request(&Request::Tunnel { port: unused }), Response::Error(failure) if failure.code == FailureCode::NotFound)
+    );
 }
 
 #[test]

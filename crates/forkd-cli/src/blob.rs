@@ -101,10 +101,17 @@ impl Blob {
         let upload = client.upload_blob(&self.digest, &self.path, encoding, Arc::clone(&sent));
         tokio::pin!(upload);
         let mut redraw = tokio::time::interval(REDRAW);
+        let mut read = 0;
         loop {
             tokio::select! {
                 done = &mut upload => break done.with_context(|| format!("could not upload the {what}"))?,
-                _ = redraw.tick() => step.set_position(sent.load(Ordering::Relaxed)),
+                _ = redraw.tick(), if read < self.bytes => {
+                    read = sent.load(Ordering::Relaxed);
+                    step.set_position(read);
+                    if read == self.bytes {
+                        step.wait_for("the daemon checks what it got");
+                    }
+                }
             }
         }
         step.done(format_args!("Uploaded the {what}, {}", forkd_types::ByteSize(self.bytes)));

@@ -70,6 +70,9 @@ pub(crate) fn is_closed_pipe(error: &anyhow::Error) -> bool {
 
 /// The text for standard error: the message, its causes, and the next thing to type.
 pub(crate) fn render(error: &anyhow::Error) -> String {
+    if let Some(interrupted) = error.downcast_ref::<Interrupted>() {
+        return format!("{interrupted}\n");
+    }
     let mut text = format!("Error: {error}\n");
     let mut last = error.to_string();
     for cause in error.chain().skip(1) {

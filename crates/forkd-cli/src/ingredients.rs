@@ -47,7 +47,7 @@ impl Plan {
     }
 
     /// The same disk, from another Debian mirror, and built again although it is cached.
-    pub(crate) fn from_mirror(self, mirror: Option<String>, refresh: bool) -> Self {
+    pub(crate) fn with_mirror(self, mirror: Option<String>, refresh: bool) -> Self {
         Self { mirror, refresh, ..self }
     }
 

@@ -97,14 +97,8 @@ pub(crate) async fn start(data: &DataDir, options: StartOptions, progress: &Prog
     })
     .await
     .advise("forkd doctor")?;
-    match &running.outcome {
-        StartOutcome::AlreadyRunning { .. } => {}
-        StartOutcome::Started => {
-            progress.say(format_args!("✓ The machine is up ({})", crate::units::duration(running.boot)));
-        }
-        StartOutcome::Healed { cause } => {
-            progress.warn(format_args!("the machine had died ({cause}); it was started again"));
-        }
+    if let StartOutcome::Healed { cause } = &running.outcome {
+        progress.warn(format_args!("the machine had died ({cause}); it was started again"));
     }
     Ok(running)
 }

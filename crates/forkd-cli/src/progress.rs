@@ -17,6 +17,9 @@ const PLAIN_INTERVAL: Duration = Duration::from_secs(10);
 /// How often a spinner turns.
 const TICK: Duration = Duration::from_millis(120);
 
+/// How a step of unknown length looks.
+const SPINNER: &str = "{spinner:.cyan} {prefix} {wide_msg:.dim} {elapsed:.dim}";
+
 /// Where progress is shown.
 #[derive(Clone, Debug)]
 pub(crate) enum Progress {
@@ -54,7 +57,7 @@ impl Progress {
         let shown = match self {
             Self::Interactive(bars) => {
                 let bar = bars.add(ProgressBar::new_spinner());
-                bar.set_style(style("{spinner:.cyan} {prefix} {wide_msg:.dim} {elapsed:.dim}"));
+                bar.set_style(style(SPINNER));
                 bar.set_prefix(title.clone());
                 bar.enable_steady_tick(TICK);
                 Shown::Bar(bar)
@@ -156,6 +159,21 @@ impl Step {
             bar.set_length(parts);
         } else if let Shown::Lines(plain) = &self.shown {
             plain.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).length = Some(parts);
+        }
+    }
+
+    /// The bar is full but somebody else still works: shows a spinner and why.
+    pub(crate) fn wait_for(&self, text: &'static str) {
+        match &self.shown {
+            Shown::Bar(bar) => {
+                bar.set_style(style(SPINNER));
+                bar.set_message(text);
+            }
+            Shown::Lines(plain) => {
+                plain.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).length = None;
+                self.detail(text);
+            }
+            Shown::Nothing => {}
         }
     }
 

@@ -39,7 +39,12 @@ pub(crate) fn age(unix_seconds: u64) -> String {
         3600..86_400 => (seconds / 3600, "hour"),
         _ => (seconds / 86_400, "day"),
     };
-    format!("{count} {unit}{} ago", if count == 1 { "" } else { "s" })
+    format!("{} ago", self::count(count as usize, unit))
+}
+
+/// `1 snapshot`, `2 snapshots`.
+pub(crate) fn count(count: usize, thing: &str) -> String {
+    format!("{count} {thing}{}", if count == 1 { "" } else { "s" })
 }
 
 #[cfg(test)]

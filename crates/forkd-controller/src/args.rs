@@ -72,9 +72,9 @@ pub(crate) struct ServeArgs {
     #[arg(long, default_value = "600", value_parser = seconds, value_name = "SECONDS")]
     pub(crate) zygote_idle: Duration,
 
-    /// How many children of one request come up at the same time.
-    #[arg(long, default_value_t = 128, value_parser = at_least_one, value_name = "N")]
-    pub(crate) spawn_concurrency: usize,
+    /// How many children of one request come up at the same time [default: 4 per processor].
+    #[arg(long, value_parser = at_least_one, value_name = "N")]
+    pub(crate) spawn_concurrency: Option<usize>,
 
     /// End all sandboxes when the daemon stops; otherwise they run on and the next daemon finds them.
     #[arg(long)]

@@ -52,7 +52,9 @@ fn resolve(args: ServeArgs) -> anyhow::Result<Settings> {
     }
     node.child_deadline = args.child_deadline;
     node.zygote_idle = args.zygote_idle;
-    node.spawn_concurrency = args.spawn_concurrency;
+    if let Some(n) = args.spawn_concurrency {
+        node.spawn_concurrency = n;
+    }
     Ok(Settings {
         address,
         socket: args.socket.unwrap_or_else(|| node.state_dir.join("forkd.sock")),

@@ -78,7 +78,7 @@ impl<'m> GuestBuffers<'m> {
                 break;
             }
             if slice.len() <= wanted {
-                front.slices.push(slice.clone());
+                front.slices.push(*slice);
                 wanted -= slice.len();
                 front.len += slice.len();
                 taken += 1;

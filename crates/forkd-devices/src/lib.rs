@@ -31,8 +31,8 @@ pub use config_space::ConfigSpace;
 pub use device::{DeviceState, VirtioDevice};
 pub use guest_buffers::GuestBuffers;
 pub use mmio::{MmioTransport, RestoreError, TransportState};
-pub use requeue::DescriptorError;
 pub use queue::{Chain, Drained, QueueSet, QueueState};
+pub use requeue::DescriptorError;
 pub use signals::{InterruptLine, Signals};
 
 /// Guest RAM; cheap to clone.

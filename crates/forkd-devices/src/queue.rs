@@ -188,9 +188,7 @@ impl<'m> QueueSet<'m> {
                 return Some(end);
             }
             let avail_event = queue.used_ring() + USED_RING_HEADER + USED_RING_ELEMENT * u64::from(queue.size());
-            self.memory
-                .store(end.to_le(), GuestAddress(avail_event), Ordering::Relaxed)
-                .ok()?;
+            self.memory.store(end.to_le(), GuestAddress(avail_event), Ordering::Relaxed).ok()?;
             fence(Ordering::SeqCst);
             let again = queue.avail_idx(self.memory, Ordering::Acquire).ok()?.0;
             if again == end {

@@ -26,11 +26,7 @@ pub struct Signals {
 
 impl Signals {
     pub(crate) fn new(line: Arc<dyn InterruptLine>, interrupt_status: u32, device_status: u32) -> Self {
-        Self {
-            interrupt_status: AtomicU32::new(interrupt_status),
-            device_status: AtomicU32::new(device_status),
-            line,
-        }
+        Self { interrupt_status: AtomicU32::new(interrupt_status), device_status: AtomicU32::new(device_status), line }
     }
 
     pub(crate) fn queue_used(&self) {

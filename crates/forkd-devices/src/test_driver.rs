@@ -200,15 +200,15 @@ impl Driver {
         let old = std::mem::replace(&mut queue.kicked, queue.available);
         let new = queue.available;
         let wanted = if event_idx {
-            let avail_event: u16 = self.memory.load(queue.used_at(4 + 8 * u64::from(queue.size)), Ordering::SeqCst).unwrap();
+            let avail_event: u16 =
+                self.memory.load(queue.used_at(4 + 8 * u64::from(queue.size)), Ordering::SeqCst).unwrap();
             new.wrapping_sub(avail_event).wrapping_sub(1) < new.wrapping_sub(old)
         } else {
             let flags: u16 = self.memory.load(queue.used_at(0), Ordering::SeqCst).unwrap();
             flags & 1 == 0
         };
         if wanted {
-            let notified =
-                self.transport.write(offset::VIRTIO_MMIO_QUEUE_NOTIFY.into(), &(index as u32).to_le_bytes());
+            let notified = self.transport.write(offset::VIRTIO_MMIO_QUEUE_NOTIFY.into(), &(index as u32).to_le_bytes());
             if let Some(queue) = notified {
                 assert_eq!(usize::from(queue), index);
                 self.transport.process_queue(queue);
@@ -238,13 +238,6 @@ impl Driver {
             memory.store(queue.seen_used, used_event, Ordering::SeqCst).unwrap();
         }
         done
-    }
-
-    /// Entries of the used ring that were not taken back.
-    pub(crate) fn pending_used(&self, index: usize) -> u16 {
-        let queue = &self.queues[index];
-        let end: u16 = self.memory.load(queue.used_at(2), Ordering::SeqCst).unwrap();
-        end.wrapping_sub(queue.seen_used)
     }
 
     /// Runs the event loop once if the device has host events.

@@ -68,7 +68,28 @@ fn archive(path: &Path, members: &[Member<'_>]) {
         header.set_cksum();
         builder.append(&header, *content).expect("append");
     }
+    // The capability of a program such as ping, as the kernel stores it: version 2, CAP_NET_RAW.
+    let capability = [1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    builder.append_pax_extensions([("SCHILY.xattr.security.capability", &capability[..])]).expect("append");
+    let mut header = Header::new_ustar();
+    header.set_uid(0);
+    header.set_gid(0);
+    header.set_mtime(0);
+    header.set_mode(0o4755);
+    header.set_size(4);
+    header.set_path(CAPABLE).expect("short");
+    header.set_cksum();
+    builder.append(&header, &b"ping"[..]).expect("append");
     builder.finish().expect("finish");
+}
+
+/// Every test archive ends with this program, which has a capability and is set-user-id.
+const CAPABLE: &str = "ping";
+
+fn check_capable(disk: &BuiltDisk) {
+    let stat = debugfs(disk, &format!("stat /{CAPABLE}"));
+    assert!(stat.contains("Mode:  04755") && stat.contains("security.capability (20)"), "{stat}");
+    assert!(stat.contains("01 00 00 02 00 20 00 00"), "{stat}");
 }
 
 const DIR: EntryType = EntryType::Directory;
@@ -138,6 +159,7 @@ fn an_archive_becomes_a_disk_with_its_owners_modes_links_and_times() {
         );
         assert!(stat.contains("Links: 2") && stat.contains("mtime: 0x6553f100"), "{stat}");
         assert!(debugfs(&disk, "stat /etc/absolute").contains("Fast link dest: \"/usr/lib/through-link\""));
+        check_capable(&disk);
         assert!(debugfs(&disk, "stat /pipe").contains("Type: FIFO"));
         assert!(debugfs(&disk, "stat /usr").contains("mtime: 0x6553f100"));
         place.assert_clean();
@@ -358,6 +380,69 @@ fn a_missing_package_or_suite_is_named() {
         }
         place.assert_clean();
     }
+}
+
+#[test]
+#[ignore = "run by the test below, as an ordinary user"]
+fn apart_as_an_ordinary_user() {
+    assert!(!rustix::process::geteuid().is_root());
+    let place = Place::new();
+    let tar = place.path("root.tar");
+    archive(
+        &tar,
+        &[
+            Member(DIR, "etc/", "", b""),
+            Member(FILE, "etc/a \"name\"", "", b"quoted"),
+            Member(HARD, "etc/same", "etc/a \"name\"", b""),
+            Member(LINK, "etc/link", "/nowhere", b""),
+        ],
+    );
+    let disk = place.build(RootDiskSource::Archive(tar)).expect("archive");
+    check(&disk);
+    check_capable(&disk);
+    for path in ["/etc", "/etc/same", "/etc/link"] {
+        let stat = debugfs(&disk, &format!("stat {path}"));
+        assert!(stat.contains("User:  1234") && stat.contains("Group:  5678"), "{path}: {stat}");
+    }
+    assert!(debugfs(&disk, "stat /etc/same").contains("Mode:  0644"));
+    assert!(debugfs(&disk, "stat /etc").contains("Mode:  0755"));
+
+    let root = place.path("root");
+    fs::create_dir(&root).expect("mkdir");
+    fs::write(root.join("mine"), "x").expect("write");
+    let disk = place.build(RootDiskSource::Directory(root)).expect("directory");
+    check(&disk);
+    let stat = debugfs(&disk, "stat /mine");
+    assert!(stat.contains("User:     0") && stat.contains("Group:     0"), "{stat}");
+    place.assert_clean();
+}
+
+#[test]
+#[ignore = "needs an ordinary user with subordinate ids (package uidmap); run it as one"]
+fn debian_as_an_ordinary_user() {
+    assert!(!rustix::process::geteuid().is_root());
+    let place = Place::new();
+    let source: RootDiskSource = "debian:bookworm".parse().expect("source");
+    let disk = build(&source, &place.options(), &mut support::show).expect("built");
+    check(&disk);
+    assert!(debugfs(&disk, "stat /etc/shadow").contains("Group:    42"), "of group shadow");
+    assert!(debugfs(&disk, "stat /usr/bin/passwd").contains("Mode:  04755"));
+    assert!(debugfs(&disk, "stat /etc").contains("User:     0"));
+    place.assert_clean();
+}
+
+#[test]
+fn an_ordinary_user_gets_the_same_owners_in_the_image() {
+    if !rustix::process::geteuid().is_root() || !support::has("setpriv") {
+        return support::skip("needs root, to become somebody else, and setpriv");
+    }
+    // The way to this program may be closed to others.
+    let open = Place::new();
+    fs::set_permissions(open.0.path(), PermissionsExt::from_mode(0o755)).expect("chmod");
+    let copy = open.path("disks");
+    fs::copy(std::env::current_exe().expect("own path"), &copy).expect("copy");
+    let nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--"];
+    support::run_apart(&copy, "apart_as_an_ordinary_user", &nobody, None);
 }
 
 /// A mount that ends with the test.

@@ -3,10 +3,11 @@
 mod support;
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use forkd_image::kernel::{self, Kernel, KernelChoice};
-use forkd_image::{ImageError, build_initramfs};
+use forkd_image::{BuildOptions, ImageError, build, build_initramfs};
 
 #[test]
 fn both_default_kernels_install_and_their_modules_resolve() {
@@ -75,6 +76,63 @@ fn a_dynamically_linked_agent_is_refused() {
     let kernel = Kernel { vmlinux: "/vmlinux".into(), release: "6.12".into(), modules_dir: None };
     let error = build_initramfs(Path::new("/bin/sh"), &kernel, &[], &dir.path().join("out")).expect_err("dynamic");
     assert!(error.to_string().contains("dynamically"), "{error}");
+}
+
+#[test]
+#[ignore = "run by the test below, with an apt that knows no such package"]
+fn apart_from_the_hosts_apt() {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let choice = KernelChoice::DebianCloud612;
+    match kernel::install(&choice, dir.path(), &mut support::show) {
+        Err(error @ ImageError::NoNetwork { .. }) => return support::skip(&error.to_string()),
+        installed => {
+            let kernel = installed.expect("unpacked from the suite");
+            assert!(kernel.release.starts_with("6.12.") && kernel.modules_dir.is_some(), "{kernel:?}");
+        }
+    }
+    assert_eq!(kernel::cached(&choice, dir.path()).map(|kernel| kernel.vmlinux.is_file()), Some(true));
+    assert_nothing_left(&dir.path().join("kernels"));
+}
+
+#[test]
+fn a_host_of_another_distribution_gets_the_kernel_from_debian() {
+    if !support::has("mmdebstrap") {
+        return support::skip("mmdebstrap is not installed");
+    }
+    let bin = tempfile::tempdir().expect("tempdir");
+    let fake = bin.path().join("apt-cache");
+    // mmdebstrap asks apt-cache other things, in its own root.
+    let script = "#!/bin/sh\n[ \"$1\" = depends ] || exec /usr/bin/apt-cache \"$@\"\nexit 100\n";
+    fs::write(&fake, script).expect("write");
+    fs::set_permissions(&fake, PermissionsExt::from_mode(0o755)).expect("chmod");
+    let said = support::run_apart(&this(), "apart_from_the_hosts_apt", &[], Some(bin.path()));
+    assert!(said.contains("from Debian bookworm") || said.contains("SKIPPED"), "{said}");
+}
+
+#[test]
+#[ignore = "run by the test below, without a network"]
+fn apart_from_the_network() {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let error = kernel::install(&KernelChoice::DebianCloud612, dir.path(), &mut support::show).expect_err("offline");
+    assert!(matches!(error, ImageError::NoNetwork { .. }), "{error}");
+    assert_nothing_left(&dir.path().join("kernels"));
+
+    let options = BuildOptions::new(dir.path().join("cache"), dir.path().join("scratch"));
+    let error = build(&"debian:bookworm".parse().expect("source"), &options, &mut support::show).expect_err("offline");
+    assert!(matches!(error, ImageError::NoNetwork { .. }), "{error}");
+    assert!(error.to_string().contains("check the network"), "{error}");
+}
+
+#[test]
+fn without_a_network_it_says_so() {
+    if !rustix::process::geteuid().is_root() || !support::has("mmdebstrap") || !support::has("unshare") {
+        return support::skip("needs root, mmdebstrap and unshare");
+    }
+    support::run_apart(&this(), "apart_from_the_network", &["unshare", "--net"], None);
+}
+
+fn this() -> std::path::PathBuf {
+    std::env::current_exe().expect("own path")
 }
 
 fn assert_nothing_left(kernels: &Path) {

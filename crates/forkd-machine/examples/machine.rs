@@ -1,10 +1,11 @@
 //! Drives a machine by hand: `machine DATA start|status|stop|remove` and `machine DATA exec CMD…`.
+//! `FORKD_PROGRAMS` names the directory of forkd's programs, `FORKD_SHARE` one that appears as `/share`.
 
 use std::io::{stderr, stdout};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use forkd_machine::{Machine, MachineError, Progress, StartOptions, Streams};
+use forkd_machine::{Machine, MachineError, Progress, Share, StartOptions, Streams};
 use forkd_proto::agent::Exec;
 
 #[allow(clippy::print_stderr, clippy::print_stdout)]
@@ -31,12 +32,22 @@ fn main() -> ExitCode {
 #[allow(clippy::print_stderr, clippy::print_stdout)]
 fn run(data: &Path, verb: &str, rest: &[String]) -> Result<i32, MachineError> {
     let machine = Machine::open(data, "default")?;
-    let mut report = |news: Progress| eprintln!("{news:?}");
+    let mut report = |news: Progress| {
+        if let Progress::Step(step) = news {
+            eprintln!("==> {step}");
+        }
+    };
     match verb {
         "start" => {
             let programs = std::env::var_os("FORKD_PROGRAMS").map(PathBuf::from);
             let keep_alive = vec!["/forkd/bin/examples/keep_alive".into()];
-            let options = StartOptions { programs, keep_alive, controller: false, ..StartOptions::default() };
+            let shares = std::env::var_os("FORKD_SHARE").into_iter().map(|host| Share {
+                host: host.into(),
+                guest: "/share".into(),
+                writable: true,
+            });
+            let shares = shares.collect();
+            let options = StartOptions { programs, keep_alive, shares, controller: false, ..StartOptions::default() };
             println!("{:?}", machine.start(&options, &mut report)?);
         }
         "status" => println!("{:?}", machine.status()?),

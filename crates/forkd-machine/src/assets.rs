@@ -8,7 +8,7 @@ use forkd_types::Digest;
 
 use crate::boot::{BOOTSTRAP, BOOTSTRAP_PATH};
 use crate::error::MachineError;
-use crate::options::Resolved;
+use crate::options::{AGENT, Resolved};
 use crate::progress::{Progress, Report, step};
 use crate::root_files::{self, RootFile};
 
@@ -18,9 +18,6 @@ const ROOT_RECIPE: &str = "debian:bookworm?include=iproute2,nftables,e2fsprogs";
 /// Modules besides those that every forkd guest loads. All of them are loaded before the root disk
 /// is mounted, so the machine needs neither a module directory nor `modprobe`.
 const MODULES: [&str; 7] = ["virtio_pci", "virtio_net", "9p", "9pnet_virtio", "pvpanic_pci", "tun", "loop"];
-
-/// The agent's program.
-const AGENT: &str = "forkd-agent";
 
 /// What a machine boots from.
 pub(crate) struct Assets {
@@ -48,9 +45,6 @@ fn prepare_initramfs(
     report: Report<'_>,
 ) -> Result<PathBuf, MachineError> {
     let agent = options.programs.join(AGENT);
-    if !agent.is_file() {
-        return Err(MachineError::ProgramMissing { program: AGENT, path: agent });
-    }
     step(report, "preparing the machine's initramfs");
     let kvm = if options.hardware { host_kvm_module() } else { "kvm_amd" };
     let modules: Vec<&str> = MODULES.into_iter().chain([kvm]).collect();
@@ -68,8 +62,7 @@ fn host_kvm_module() -> &'static str {
 fn prepare_root(cache: &Path, directory: &Path, report: Report<'_>) -> Result<PathBuf, MachineError> {
     step(report, "preparing the machine's root disk");
     let source = RootDiskSource::parse(ROOT_RECIPE).map_err(failed("root disk"))?;
-    let options =
-        BuildOptions { size: None, cache_dir: cache.to_owned(), scratch_dir: cache.join("scratch") };
+    let options = BuildOptions::new(cache, cache.join("scratch"));
     let debian = forkd_image::build(&source, &options, &mut relay(report)).map_err(failed("root disk"))?;
     let path = directory.join(format!("root-{}.img", root_name(&debian.recipe_digest)));
     if !path.exists() {

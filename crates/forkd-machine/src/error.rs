@@ -36,7 +36,7 @@ pub enum MachineError {
     #[error("{} does not exist; the machine runs forkd's own programs from that directory, so build or install {program} there", .path.display())]
     ProgramMissing {
         /// Its name.
-        program: &'static str,
+        program: String,
         /// Where it was looked for.
         path: PathBuf,
     },

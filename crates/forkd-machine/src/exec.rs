@@ -37,7 +37,8 @@ pub(crate) fn run(patient: &Patient, mut request: Exec, streams: Streams<'_>) ->
     request.stdin = streams.stdin.is_some();
     let mut connection = open(patient)?;
     let session = Session { patient };
-    connection.send(&Frame::json(Kind::Request, &Request::Exec(request)).map_err(|error| session.broken(error))?)
+    connection
+        .send(&Frame::json(Kind::Request, &Request::Exec(request)).map_err(|error| session.broken(error))?)
         .and_then(|()| connection.wait_for_ever())
         .map_err(|error| session.explain(error, None))?;
     let watchdog = Watchdog::set(patient.clone(), connection.try_clone().map_err(|error| session.broken(error))?);
@@ -73,11 +74,7 @@ enum Ending {
     Broken(FrameError),
 }
 
-fn receive(
-    connection: &mut AgentConnection,
-    stdout: &mut dyn Write,
-    stderr: &mut dyn Write,
-) -> Result<Exited, Ending> {
+fn receive(connection: &mut AgentConnection, stdout: &mut dyn Write, stderr: &mut dyn Write) -> Result<Exited, Ending> {
     loop {
         let frame = connection.receive().map_err(Ending::Broken)?;
         let stream: &mut dyn Write = match frame.kind {
@@ -141,9 +138,7 @@ impl Session<'_> {
     fn explain(&self, error: FrameError, known: Option<CauseOfDeath>) -> MachineError {
         match known.map_or_else(|| self.patient.post_mortem(), Err) {
             Ok(()) => self.broken(error),
-            Err(cause) => {
-                MachineError::MachineDied { cause, console_tail: console::tail(&self.patient.console()) }
-            }
+            Err(cause) => MachineError::MachineDied { cause, console_tail: console::tail(&self.patient.console()) },
         }
     }
 }

@@ -13,7 +13,6 @@
 //! port and one boot script.
 
 mod agent;
-#[path = "/tmp/machine/assets_hand.rs"]
 mod assets;
 mod boot;
 mod console;

@@ -101,6 +101,8 @@ pub enum StopOutcome {
 }
 
 /// What a machine is doing.
+// One is made per query, so what the small variants waste does not matter.
+#[allow(clippy::large_enum_variant)]
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Status {
     /// There is none of this name.
@@ -159,8 +161,7 @@ impl Machine {
         };
         let assets = assets::prepare(&wanted, self.directory.cache(), report)?;
         data_disk::ensure(&self.directory.disk(), wanted.disk, report)?;
-        self.launch(&mut record, wanted, &assets, report)?;
-        self.await_ready(&mut record, options.start_limit)?;
+        self.boot(&mut record, &wanted, &assets, options.start_limit, report)?;
         let running = record.running.as_ref().expect("just started");
         Ok(self.describe(&record, running, outcome))
     }
@@ -263,20 +264,39 @@ impl Machine {
             return patient.examine();
         }
         patient.check_qemu()?;
-        ready::wait(&patient, &ready::Expectation::of(running), start_limit)
-            .map_err(|error| error.to_string())
+        ready::wait(&patient, &ready::Expectation::of(running), start_limit).map_err(|error| error.to_string())
+    }
+
+    /// Starts QEMU and waits until the machine is ready. One that dies while it boots gets a second chance.
+    fn boot(
+        &self,
+        record: &mut Record,
+        options: &Resolved,
+        assets: &Assets,
+        limit: Duration,
+        report: Report<'_>,
+    ) -> Result<(), MachineError> {
+        self.launch(record, options, assets, report)?;
+        match self.await_ready(record, limit) {
+            Err(MachineError::MachineDied { cause, .. }) => {
+                step(report, format!("the machine died while it booted ({cause}); starting it again"));
+                self.launch(record, options, assets, report)?;
+                self.await_ready(record, limit)
+            }
+            outcome => outcome,
+        }
     }
 
     /// Starts QEMU and remembers it at once, so that nothing is lost track of if this program ends here.
     fn launch(
         &self,
         record: &mut Record,
-        options: Resolved,
+        options: &Resolved,
         assets: &Assets,
         report: Report<'_>,
     ) -> Result<(), MachineError> {
-        let exports = boot::exports(&options);
-        boot::write_config(&self.directory.config(), &options, record, &exports)?;
+        let exports = boot::exports(options);
+        boot::write_config(&self.directory.config(), options, record, &exports)?;
         let console = self.directory.console();
         std::fs::write(&console, "").map_err(MachineError::file("empty", &console))?;
         step(report, "starting the machine");
@@ -302,8 +322,14 @@ impl Machine {
             match launch.start() {
                 Ok(qemu) => {
                     let started_unix = unix_now();
-                    record.running =
-                        Some(RunningRecord { qemu, agent_port, api_port, started_unix, boot_ms: None, options });
+                    record.running = Some(RunningRecord {
+                        qemu,
+                        agent_port,
+                        api_port,
+                        started_unix,
+                        boot_ms: None,
+                        options: options.clone(),
+                    });
                     return record.save(&self.directory.record());
                 }
                 Err(LaunchFailure::PortTaken) => {}
@@ -386,7 +412,9 @@ fn loopback(port: u16) -> SocketAddr {
 
 /// Two ports that nobody uses now. QEMU takes them a moment later; see [`LaunchFailure::PortTaken`].
 fn free_ports() -> Result<(u16, u16), MachineError> {
-    let bind = || TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).and_then(|listener| Ok((listener.local_addr()?.port(), listener)));
+    let bind = || {
+        TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).and_then(|listener| Ok((listener.local_addr()?.port(), listener)))
+    };
     let failed = |error: std::io::Error| MachineError::Launch { reason: format!("no free port on 127.0.0.1: {error}") };
     // Both are held until both are known, so that they differ.
     let (agent, _held) = bind().map_err(failed)?;

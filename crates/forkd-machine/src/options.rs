@@ -78,6 +78,9 @@ pub struct StartOptions {
     pub start_limit: Duration,
 }
 
+/// The machine's agent, also PID 1.
+pub(crate) const AGENT: &str = "forkd-agent";
+
 /// Where the machine sees the directory of forkd's programs.
 pub const PROGRAMS: &str = "/forkd/bin";
 
@@ -127,6 +130,7 @@ impl StartOptions {
         for share in &self.shares {
             share.check()?;
         }
+        self.check_programs(&programs)?;
         Ok(Resolved {
             programs,
             qemu: find_qemu(self.qemu.as_deref())?,
@@ -140,6 +144,20 @@ impl StartOptions {
             keep_alive: self.keep_alive.clone(),
             controller: self.controller,
         })
+    }
+
+    /// Whether what the machine will run from `programs` is there. The machine would find out only once
+    /// it has booted.
+    fn check_programs(&self, programs: &Path) -> Result<(), MachineError> {
+        let keep_alive = self.keep_alive.first().and_then(|path| path.strip_prefix(PROGRAMS)?.strip_prefix('/'));
+        let daemon: &[&str] = if self.controller { &["forkd-controller", "forkd-vmm"] } else { &[] };
+        for program in [AGENT].into_iter().chain(keep_alive).chain(daemon.iter().copied()) {
+            let path = programs.join(program);
+            if !path.is_file() {
+                return Err(MachineError::ProgramMissing { program: program.to_owned(), path });
+            }
+        }
+        Ok(())
     }
 
     fn wants_hardware(&self) -> Result<bool, MachineError> {
@@ -290,6 +308,22 @@ mod tests {
             let error = find_qemu(Some(Path::new(name))).expect_err("does not exist");
             assert!(error.to_string().contains("apt-get install qemu-system-x86"), "{error}");
         }
+    }
+
+    #[test]
+    fn a_program_that_the_machine_will_miss_is_missed_before_it_boots() {
+        let programs = tempfile::tempdir().expect("temporary directory");
+        let options = StartOptions { programs: Some(programs.path().to_owned()), ..StartOptions::default() };
+        let missing = |options: &StartOptions| {
+            options.check_programs(programs.path()).err().map(|error| error.to_string()).unwrap_or_default()
+        };
+        for program in ["forkd-agent", "forkd", "forkd-controller", "forkd-vmm"] {
+            assert!(missing(&options).contains(&format!("/{program} does not exist")), "{}", missing(&options));
+            std::fs::write(programs.path().join(program), "").expect("written");
+        }
+        assert_eq!(missing(&options), "");
+        let elsewhere = StartOptions { keep_alive: vec!["/bin/true".into()], ..options };
+        assert_eq!(missing(&elsewhere), "", "what is not shared cannot be checked");
     }
 
     #[test]

@@ -138,7 +138,8 @@ fn map_into_guest(vm: &VmFd, memory: &GuestMemoryMmap) -> Result<(), String> {
         memory_size: region.len(),
         userspace_addr: memory
             .get_host_address(region.start_addr())
-            .map_err(|error| format!("the probe's guest memory has no host address: {error}"))? as u64,
+            .map_err(|error| format!("the probe's guest memory has no host address: {error}"))?
+            as u64,
     };
     // SAFETY: the slot covers exactly one mapping, which the caller keeps alive as long as the VM
     // (see the field order of `Probe`) and which nothing else in this process reads or writes while
@@ -154,7 +155,8 @@ fn explain_open(error: kvm_ioctls::Error) -> String {
                          hypervisor, or the kvm_intel/kvm_amd module is not loaded"
             .to_owned(),
         Errno::ACCESS | Errno::PERM => {
-            "this user may not open /dev/kvm; add it to the group kvm (usermod -aG kvm USER) and log in again".to_owned()
+            "this user may not open /dev/kvm; add it to the group kvm (usermod -aG kvm USER) and log in again"
+                .to_owned()
         }
         Errno::NODEV | Errno::NXIO => "/dev/kvm exists but no KVM module answers it".to_owned(),
         _ => format!("cannot open /dev/kvm: {error}"),

@@ -81,8 +81,7 @@ mod tests {
 
     #[test]
     fn names_that_look_like_fields_do_not_confuse() {
-        let stat =
-            "7 (a) S (b) R 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 777 20";
+        let stat = "7 (a) S (b) R 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 777 20";
         assert_eq!(parse_stat(stat), Some(('R', 777)));
         assert_eq!(parse_stat("7 (a"), None);
         assert_eq!(parse_stat("7 (a) R 1"), None);

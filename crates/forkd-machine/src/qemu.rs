@@ -71,7 +71,8 @@ impl Launch<'_> {
     pub(crate) fn start(&self) -> Result<ProcessId, LaunchFailure> {
         let other = |reason: String| LaunchFailure::Other(MachineError::Launch { reason });
         let log = self.directory.join("qemu.log");
-        let file = File::create(&log).map_err(|error| LaunchFailure::Other(MachineError::file("create", &log)(error)))?;
+        let file =
+            File::create(&log).map_err(|error| LaunchFailure::Other(MachineError::file("create", &log)(error)))?;
         let child = Command::new(self.program)
             .args(self.arguments())
             // The control socket is named relative to this, so that its path stays short; the overlay
@@ -104,12 +105,12 @@ impl Launch<'_> {
             if let Some(status) = child.try_wait().map_err(|error| error.to_string())? {
                 return Err(status.to_string());
             }
-            if Qmp::connect(self.directory, QMP_SOCKET).is_ok() {
-                if let Some(id) = ProcessId::of(child.id()) {
-                    // Collects the exit status when it ends, should this program live that long.
-                    std::thread::spawn(move || child.wait());
-                    return Ok(id);
-                }
+            if Qmp::connect(self.directory, QMP_SOCKET).is_ok()
+                && let Some(id) = ProcessId::of(child.id())
+            {
+                // Collects the exit status when it ends, should this program live that long.
+                std::thread::spawn(move || child.wait());
+                return Ok(id);
             }
             std::thread::sleep(Duration::from_millis(10));
         }
@@ -173,7 +174,9 @@ impl Launch<'_> {
         if !self.hardware {
             // Polling for an interrupt steals the host processor that would raise it. Mitigations guard
             // against hardware that a translated machine does not have.
-            words.push("mitigations=off tsc=reliable no_timer_check kvm.halt_poll_ns=0 kvm.nx_huge_pages=never".to_owned());
+            words.push(
+                "mitigations=off tsc=reliable no_timer_check kvm.halt_poll_ns=0 kvm.nx_huge_pages=never".to_owned(),
+            );
         }
         words.join(" ")
     }
@@ -198,15 +201,17 @@ impl Arguments {
     /// the plain file options take the path as it is.
     fn path(&mut self, flag: &str, prefix: &str, path: &Path) -> &mut Self {
         let mut value = OsString::from(prefix);
-        if prefix.contains('=') { value.push(double_commas(path)) } else { value.push(path) }
+        if prefix.contains('=') {
+            value.push(double_commas(path))
+        } else {
+            value.push(path)
+        }
         self.pair(flag, value)
     }
 
     fn virtfs(&mut self, tag: &str, host: &Path, writable: bool) -> &mut Self {
         let read_only = if writable { "off" } else { "on" };
-        let prefix = format!(
-            "local,mount_tag={tag},security_model=none,multidevs=remap,readonly={read_only},path="
-        );
+        let prefix = format!("local,mount_tag={tag},security_model=none,multidevs=remap,readonly={read_only},path=");
         self.path("-virtfs", &prefix, host)
     }
 }
@@ -214,7 +219,9 @@ impl Arguments {
 fn double_commas(path: &Path) -> OsString {
     use std::os::unix::ffi::{OsStrExt, OsStringExt};
     let bytes = path.as_os_str().as_bytes();
-    OsString::from_vec(bytes.iter().flat_map(|&byte| std::iter::repeat_n(byte, 1 + usize::from(byte == b','))).collect())
+    OsString::from_vec(
+        bytes.iter().flat_map(|&byte| std::iter::repeat_n(byte, 1 + usize::from(byte == b','))).collect(),
+    )
 }
 
 /// What QEMU printed, without its remarks on features of the CPU model that do not matter here.

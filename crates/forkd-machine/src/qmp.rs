@@ -6,6 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -91,9 +92,18 @@ impl Qmp {
 
 /// Connects by way of a descriptor of the directory: a socket's own path may be at most 107 bytes,
 /// and a user's data directory may be longer.
+///
+/// A QEMU that is stuck does not accept, and a blocking connect to a full queue waits for ever; so the attempt
+/// itself does not block.
 fn connect_below(directory: &Path, name: &str) -> std::io::Result<UnixStream> {
     let directory = std::fs::File::open(directory)?;
-    UnixStream::connect(format!("/proc/self/fd/{}/{name}", directory.as_raw_fd()))
+    let address = SocketAddrUnix::new(format!("/proc/self/fd/{}/{name}", directory.as_raw_fd()))?;
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    rustix::net::connect(&socket, &address)?;
+    let stream = UnixStream::from(socket);
+    stream.set_nonblocking(false)?;
+    Ok(stream)
 }
 
 #[cfg(test)]
@@ -132,6 +142,19 @@ mod tests {
         assert_eq!(qmp.run_state().expect("answers"), "guest-panicked");
         let asked = peer.join().expect("peer ends");
         assert!(asked[0].contains("qmp_capabilities") && asked[1].contains("query-status"));
+    }
+
+    #[test]
+    fn a_stuck_qemu_is_not_waited_for() {
+        let directory = tempfile::tempdir().expect("temporary directory");
+        let socket = rustix::net::socket(AddressFamily::UNIX, SocketType::STREAM, None).expect("a socket");
+        let path = directory.path().join("qmp");
+        rustix::net::bind(&socket, &SocketAddrUnix::new(&path).expect("short path")).expect("bound");
+        rustix::net::listen(&socket, 0).expect("listens, and never accepts");
+        let _waiting = UnixStream::connect(&path).expect("the one place in the queue");
+        let started = std::time::Instant::now();
+        assert!(Qmp::connect(directory.path(), "qmp").is_err());
+        assert!(started.elapsed() < ANSWER_LIMIT);
     }
 
     #[test]

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use forkd_proto::monitor::Command;
 use tokio::net::UnixStream;
+use tokio::sync::Semaphore;
 
 use crate::control::{Control, MonitorError};
 use crate::database::{Record, RecordState};
@@ -18,8 +19,13 @@ use crate::host::{Host, unix_now};
 use crate::process::Process;
 use crate::sandbox::{About, Roster, Running, Sandbox, clear};
 
-/// How long a monitor may take to answer on its control socket.
-const HANDSHAKE_LIMIT: Duration = Duration::from_secs(15);
+/// How long a monitor may take to answer on its control socket. Generous, because one that is taken
+/// for lost is ended.
+const HANDSHAKE_LIMIT: Duration = Duration::from_secs(60);
+
+/// How many monitors are asked at the same time, so that on a slow host the last one is not late
+/// only because all were asked at once.
+const ASKED_AT_ONCE: usize = 16;
 
 /// Restores the roster from the database and clears what an earlier daemon left.
 pub(crate) async fn adopt_all(host: &Arc<Host>, roster: &Arc<Roster>) -> NodeResult<()> {
@@ -28,10 +34,14 @@ pub(crate) async fn adopt_all(host: &Arc<Host>, roster: &Arc<Roster>) -> NodeRes
     let rebooted = host.database.host_rebooted(boot_id.trim().to_owned()).await?;
     end_helpers(host, rebooted).await?;
     let records = host.database.sandboxes().await?;
+    let turns = Arc::new(Semaphore::new(ASKED_AT_ONCE));
     let mut adopting = tokio::task::JoinSet::new();
     for record in records {
-        let (host, roster) = (Arc::clone(host), Arc::clone(roster));
-        adopting.spawn(async move { adopt(&host, &roster, record, rebooted).await });
+        let (host, roster, turns) = (Arc::clone(host), Arc::clone(roster), Arc::clone(&turns));
+        adopting.spawn(async move {
+            let _turn = turns.acquire_owned().await.expect("the semaphore is never closed");
+            adopt(&host, &roster, record, rebooted).await;
+        });
     }
     adopting.join_all().await;
     let known: HashSet<String> = roster.all().iter().map(|sandbox| sandbox.id.to_string()).collect();

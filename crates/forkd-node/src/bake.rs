@@ -188,16 +188,20 @@ impl Bake {
             let _ = events.send(BakeEvent::Console { text }).await;
         }
         let snapshot = result.map_err(|reason| {
-            let reason = self.explain(&machine, &console, reason);
+            let reason = self.explain(&machine, &console, steps.stage(), reason);
             NodeError::Bake { tag: self.tag.clone(), step: steps.current.clone(), reason }
         })?;
         steps.end();
         Ok(BakeEvent::Done { snapshot: *snapshot, stages: steps.timings })
     }
 
-    /// Adds the machine's own account to the reason of a failure.
-    fn explain(&self, machine: &Machine, console: &std::path::Path, reason: Reason) -> Reason {
+    /// Adds the machine's own account to the reason of a failure, unless the machine is well and it
+    /// was a program in it that failed.
+    fn explain(&self, machine: &Machine, console: &std::path::Path, stage: &str, reason: Reason) -> Reason {
         let mut text = reason;
+        if matches!(stage, "run" | "warm") && machine.control.ending().is_none() {
+            return text;
+        }
         let log = launch::log_tail(&self.host.files.log(machine.traces.name()), 10);
         if !log.is_empty() {
             text.push_str(&format!("\nits monitor's log ends:\n{log}"));
@@ -261,14 +265,10 @@ impl Bake {
         launched: crate::control::Answer,
         steps: &mut Steps<'_>,
     ) -> Result<Box<forkd_types::rest::SnapshotInfo>, Reason> {
-        let (pong, staged, facts, pause_us) = tokio::select! {
-            // The end is looked at first: whatever else fails when a machine stops follows from it.
-            biased;
-            ending = machine.control.closed() => return Err(format!("the machine {}", ending.describe())),
-            result = self.warm_and_write(machine, launched, steps) => result?,
-        };
+        let making = self.warm_and_write(machine, launched, steps);
+        let (pong, staged, facts) = machine.control.while_running(making).await?;
         steps.begin("publish", "publishing the snapshot").await;
-        self.publish(pong, staged, facts, pause_us).await.map(Box::new)
+        self.publish(pong, staged, facts).await.map(Box::new)
     }
 
     async fn warm_and_write(
@@ -276,7 +276,7 @@ impl Bake {
         machine: &Machine,
         launched: crate::control::Answer,
         steps: &mut Steps<'_>,
-    ) -> Result<(Pong, StagedSnapshot, SnapshotFacts, u64), Reason> {
+    ) -> Result<(Pong, StagedSnapshot, SnapshotFacts), Reason> {
         let running = launched.wait().await.map_err(|error| error.to_string())?;
         expect_event!(machine.traces.name(), running, Running { stages }).map_err(|error| error.to_string())?;
         steps.begin("agent", "waiting for the guest's agent").await;
@@ -302,15 +302,11 @@ impl Bake {
         // Asked again: warm steps have started runtimes.
         let pong = machine.guest.ping(Duration::from_secs(60)).await.map_err(|error| error.to_string())?;
         steps.begin("write", "writing the snapshot").await;
-        let (staged, facts, pause_us) = self.write(machine, steps).await?;
-        Ok((pong, staged, facts, pause_us))
+        let (staged, facts) = self.write(machine, steps).await?;
+        Ok((pong, staged, facts))
     }
 
-    async fn write(
-        &self,
-        machine: &Machine,
-        steps: &mut Steps<'_>,
-    ) -> Result<(StagedSnapshot, SnapshotFacts, u64), Reason> {
+    async fn write(&self, machine: &Machine, steps: &mut Steps<'_>) -> Result<(StagedSnapshot, SnapshotFacts), Reason> {
         let (store, tag) = (self.host.store.clone(), self.tag.clone());
         let staged =
             blocking("staging a snapshot", move || store.stage(&tag)).await.map_err(|error| error.to_string())?;
@@ -327,23 +323,22 @@ impl Bake {
         let limit = self.host.config.snapshot_deadline;
         let writing = async {
             let event = machine.control.request(&command, request.fds).wait().await.map_err(|e| e.to_string())?;
-            let (pid, pause_us, _stages) =
-                expect_event!(machine.traces.name(), event, Forked { pid, pause_us, stages })
-                    .map_err(|e| e.to_string())?;
+            let (pid, _stages) =
+                expect_event!(machine.traces.name(), event, Forked { pid, stages }).map_err(|e| e.to_string())?;
             // A writer that is done already has nothing left to end.
             let _process = Process::open(pid).ok().map(Owned);
             let event = written.wait().await.map_err(|error| error.to_string())?;
             let (facts, stages) =
                 expect_event!("snapshot writer", event, Written { facts, stages }).map_err(|e| e.to_string())?;
-            Ok::<_, Reason>((facts, pause_us, stages))
+            Ok::<_, Reason>((facts, stages))
         };
-        let (facts, pause_us, stages) = tokio::time::timeout(limit, writing)
+        let (facts, stages) = tokio::time::timeout(limit, writing)
             .await
             .map_err(|_| format!("the snapshot was not written within {} s", limit.as_secs()))??;
         for stage in stages.0 {
             steps.timings.record(&format!("write.{}", stage.name), Duration::from_micros(stage.us));
         }
-        Ok((staged, facts, pause_us))
+        Ok((staged, facts))
     }
 
     async fn publish(
@@ -351,7 +346,6 @@ impl Bake {
         pong: Pong,
         staged: StagedSnapshot,
         facts: SnapshotFacts,
-        pause_us: u64,
     ) -> Result<forkd_types::rest::SnapshotInfo, Reason> {
         let boot = Boot {
             kernel: self.kernel.0,
@@ -366,7 +360,6 @@ impl Bake {
         let publishing = blocking("publishing a snapshot", move || {
             let vmstate_bytes = staged.vmstate_bytes()?;
             let mut meta = SnapshotMeta::new(tag, unix_now(), &facts, vmstate_bytes, &disks, boot);
-            meta.pause_us = Some(pause_us);
             meta.warm = pong.warm;
             let snapshot = store.publish(staged, meta, replace)?;
             let stored: u64 = stored_bytes(&snapshot.dir);
@@ -433,6 +426,11 @@ impl Steps<'_> {
         let _ = self.events.send(BakeEvent::Step { message: self.current.clone() }).await;
     }
 
+    /// The short name of the step under way.
+    fn stage(&self) -> &'static str {
+        self.since.map_or("", |(stage, _)| stage)
+    }
+
     fn end(&mut self) {
         if let Some((stage, since)) = self.since.take() {
             self.timings.record(stage, since.elapsed());
@@ -450,7 +448,7 @@ fn check_machine(request: &BakeRequest) -> NodeResult<()> {
     if !(1..=8).contains(&request.vcpus) {
         return bad("vcpus", request.vcpus.into(), "a guest has 1 to 8");
     }
-    if !(128..=16384).contains(&request.memory_mib) || request.memory_mib % 2 != 0 {
+    if !(128..=16384).contains(&request.memory_mib) || !request.memory_mib.is_multiple_of(2) {
         return bad("memory_mib", request.memory_mib, "a guest has 128 to 16384 MiB, an even number");
     }
     if request.boot_timeout_secs == 0 {

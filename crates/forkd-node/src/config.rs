@@ -77,7 +77,7 @@ impl NodeConfig {
             kvm: "/dev/kvm".into(),
             cgroup_root: "/sys/fs/cgroup/forkd".into(),
             child_deadline: Duration::from_secs(60),
-            spawn_concurrency: 128,
+            spawn_concurrency: default_concurrency(),
             zygote_deadline: Duration::from_secs(120),
             zygote_idle: Duration::from_secs(600),
             keep_stopped: Duration::from_secs(3600),
@@ -85,6 +85,12 @@ impl NodeConfig {
             exec_output_limit: 64 << 20,
         })
     }
+}
+
+/// Coming up is nearly all computing: more than a few children per processor only slow each other
+/// down, until each misses its deadline.
+fn default_concurrency() -> usize {
+    4 * std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 fn absolute(path: &Path) -> Result<PathBuf, NodeConfigError> {

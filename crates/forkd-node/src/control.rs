@@ -17,6 +17,7 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use bytes::{Buf, BytesMut};
 use forkd_proto::frame::{Frame, FrameError, HEADER_LEN, Header, Kind};
@@ -89,7 +90,7 @@ impl Ending {
 /// Why a machine stopped, as the predicate of a sentence about it.
 pub(crate) fn describe_stop(reason: &StopReason) -> String {
     match reason {
-        StopReason::PoweredOff => "powered off by its guest".to_owned(),
+        StopReason::PoweredOff => "was powered off by its guest".to_owned(),
         StopReason::Rebooted => "ended because its guest asked for a reboot".to_owned(),
         StopReason::Panicked => "ended because its guest kernel panicked".to_owned(),
         StopReason::Killed => "was killed on request".to_owned(),
@@ -200,6 +201,26 @@ impl Control {
         match ended.wait_for(Option::is_some).await {
             Ok(ending) => ending.clone().expect("waited for until there is one"),
             Err(_) => Ending { stopped: None, fault: None },
+        }
+    }
+
+    /// Runs `work`, which needs the machine, until it is done or the machine ends. When it fails
+    /// because the machine stopped, the machine's own word is the reason.
+    pub(crate) async fn while_running<T>(&self, work: impl Future<Output = Result<T, String>>) -> Result<T, String> {
+        /// A monitor that stops breaks its connections and says why at nearly the same time.
+        const MOMENT: Duration = Duration::from_millis(500);
+        let failure = tokio::select! {
+            // First, because an answer that came before the end says more than the end.
+            biased;
+            result = work => match result {
+                Ok(done) => return Ok(done),
+                Err(failure) => failure,
+            },
+            ending = self.closed() => return Err(format!("the machine {}", ending.describe())),
+        };
+        match tokio::time::timeout(MOMENT, self.closed()).await {
+            Ok(ending) if ending.stopped.is_some() => Err(format!("the machine {}", ending.describe())),
+            _ => Err(failure),
         }
     }
 
@@ -370,7 +391,6 @@ mod tests {
     use forkd_proto::monitor::Role;
     use forkd_types::StageTimings;
     use std::os::unix::net::UnixStream as BlockingStream;
-    use std::time::Duration;
 
     fn pair() -> (UnixStream, BlockingStream) {
         let (here, there) = BlockingStream::pair().expect("socketpair");
@@ -443,6 +463,28 @@ mod tests {
         }
         assert_eq!(control.closed().await.stopped, Some(StopReason::Panicked));
         assert!(matches!(control.request(&Command::Pages, Vec::new()).wait().await, Err(MonitorError::Gone { .. })));
+    }
+
+    #[tokio::test]
+    async fn the_most_telling_reason_of_a_failure_is_given() {
+        // The launch failed and said why, then the process ended.
+        let (here, peer) = pair();
+        let (control, running) = Control::expecting("sb-1", here);
+        tell(&peer, &Event::Failed { error: "no memory slot".to_owned() });
+        drop(peer);
+        control.closed().await;
+        let work = async { running.wait().await.map_err(|error| error.to_string()) };
+        assert_eq!(control.while_running(work).await.expect_err("refused"), "no memory slot");
+        // The work noticed a broken connection before the machine told that it stopped.
+        let (here, peer) = pair();
+        let control = Control::connected("sb-1", here);
+        let work = async {
+            tell(&peer, &Event::Stopped { reason: StopReason::PoweredOff });
+            drop(peer);
+            Err::<(), _>("broken pipe".to_owned())
+        };
+        let reason = control.while_running(work).await.expect_err("stopped");
+        assert_eq!(reason, "the machine was powered off by its guest");
     }
 
     #[tokio::test]

@@ -74,6 +74,11 @@ impl GuestError {
     pub(crate) fn is_transient(&self) -> bool {
         matches!(self, Self::NotListening { .. } | Self::Connection(FrameError::Closed | FrameError::Io(_)))
     }
+
+    /// Whether it may have come from the end of the machine.
+    pub(crate) fn is_loss(&self) -> bool {
+        self.is_transient() || matches!(self, Self::Monitor { .. })
+    }
 }
 
 /// How long the monitor and the guest's kernel may take to set a connection up.
@@ -313,11 +318,14 @@ impl Guest {
         }
     }
 
-    /// Connects, trying again while the guest's side is not ready. The caller sets the deadline.
+    /// Connects, trying again while the guest's side is not ready or is slow. The caller sets the
+    /// deadline.
     pub(crate) async fn connect_patiently(&self) -> Result<GuestConnection, GuestError> {
         loop {
             match self.connect().await {
                 Err(error) if error.is_transient() => tokio::time::sleep(RETRY_PAUSE).await,
+                // The request may have been lost in a guest that was just restored.
+                Err(GuestError::TimedOut { .. }) => {}
                 result => return result,
             }
         }

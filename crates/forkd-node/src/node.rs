@@ -26,7 +26,7 @@ use crate::error::{NodeError, NodeResult};
 use crate::guest::{GuestConnection, GuestError, is_not_found};
 use crate::host::{Host, blocking};
 use crate::run_files::RunFiles;
-use crate::sandbox::Roster;
+use crate::sandbox::{Roster, Sandbox};
 use crate::snapshots::{self, Removal, SnapshotDetail, VerifyProgress};
 use crate::zygotes::Zygotes;
 use crate::{adoption, console, cpu, memory, spawn};
@@ -153,7 +153,7 @@ impl Node {
             Err(GuestError::Refused(failure)) if is_not_found(&failure) => {
                 Ok(ExecResponse { stdout: String::new(), stderr: failure.message, exit_code: 1, timed_out: false })
             }
-            Err(source) => Err(NodeError::Guest { what: "exec", id: id.clone(), source }),
+            Err(source) => Err(explain_loss(&sandbox, "exec", source).await),
         }
     }
 
@@ -172,22 +172,26 @@ impl Node {
             Err(GuestError::Refused(failure)) => {
                 Ok(EvalResponse { result: None, error: Some(failure.message), exit_code: 1, stdout: String::new() })
             }
-            Err(source) => Err(NodeError::Guest { what: "eval", id: id.clone(), source }),
+            Err(source) => Err(explain_loss(&sandbox, "eval", source).await),
         }
     }
 
     /// Asks a sandbox's agent whether it is there.
     pub async fn ping(&self, id: &SandboxId) -> NodeResult<Pong> {
         let sandbox = self.roster.get(id)?;
-        let pong = sandbox.guest()?.ping(PING_LIMIT).await;
-        pong.map_err(|source| NodeError::Guest { what: "ping", id: id.clone(), source })
+        match sandbox.guest()?.ping(PING_LIMIT).await {
+            Ok(pong) => Ok(pong),
+            Err(source) => Err(explain_loss(&sandbox, "ping", source).await),
+        }
     }
 
     /// A connection to a sandbox's agent, for one request of the agent's own protocol.
     pub async fn agent(&self, id: &SandboxId) -> NodeResult<GuestConnection> {
         let sandbox = self.roster.get(id)?;
-        let connection = sandbox.guest()?.connect().await;
-        connection.map_err(|source| NodeError::Guest { what: "agent connection", id: id.clone(), source })
+        match sandbox.guest()?.connect().await {
+            Ok(connection) => Ok(connection),
+            Err(source) => Err(explain_loss(&sandbox, "agent connection", source).await),
+        }
     }
 
     /// What a sandbox costs the host.
@@ -325,6 +329,24 @@ impl Write for BlobUpload {
     fn flush(&mut self) -> io::Result<()> {
         self.0.flush()
     }
+}
+
+/// A connection that broke may be the first sign that the machine stopped, whose own reason is the
+/// better explanation. It follows within a moment, or never.
+async fn explain_loss(sandbox: &Sandbox, what: &'static str, source: GuestError) -> NodeError {
+    const MOMENT: Duration = Duration::from_millis(500);
+    let id = sandbox.id.clone();
+    if source.is_loss() {
+        match sandbox.running() {
+            Err(stopped) => return stopped,
+            Ok(running) => {
+                if let Ok(ending) = tokio::time::timeout(MOMENT, running.control.closed()).await {
+                    return NodeError::SandboxStopped { id, reason: ending.describe() };
+                }
+            }
+        }
+    }
+    NodeError::Guest { what, id, source }
 }
 
 fn open_host(config: NodeConfig) -> NodeResult<Host> {

@@ -220,6 +220,18 @@ async fn bring_up(
         forking.await.map_err(|error| format!("the fork was interrupted: {error}"))??;
     watch.lap("fork");
     watch.detail("fork", &forked);
+    let control = newborn.running().map(|running| Arc::clone(&running.control)).expect("a forked child has a process");
+    control.while_running(rise(host, &id, running, &mut watch)).await?;
+    Ok(newborn)
+}
+
+/// From the fork until the agent has answered.
+async fn rise(
+    host: &Host,
+    id: &SandboxId,
+    running: crate::control::Answer,
+    watch: &mut Stopwatch<'_>,
+) -> Result<(), Reason> {
     let restored = running.wait().await.map_err(|error| error.to_string())?;
     let restored = expect_event!(id, restored, Running { stages }).map_err(|error| error.to_string())?;
     watch.lap("restore");
@@ -227,13 +239,13 @@ async fn bring_up(
     let guest = Guest::behind(host.files.vsock(id.as_str()));
     let connection = guest.connect_patiently().await.map_err(|error| error.to_string())?;
     watch.lap("connect");
-    let identity = fresh_identity(&id).map_err(|error| format!("cannot make its identity: {error}"))?;
+    let identity = fresh_identity(id).map_err(|error| format!("cannot make its identity: {error}"))?;
     let warnings = guest.identify(connection, &identity).await.map_err(|error| error.to_string())?;
     watch.lap("identify");
     if !warnings.is_empty() {
         tracing::warn!(sandbox = %id, ?warnings, "the copy could not take on all of its identity");
     }
-    Ok(newborn)
+    Ok(())
 }
 
 /// What a child is given.

@@ -11,7 +11,7 @@ use forkd_types::rest::{SandboxInfo, SnapshotInfo, SpawnReport};
 use crate::{Output, Sandbox};
 
 /// Names the directory with the programs under test.
-pub const BIN_DIR: &str = "FORKD_BIN_DIR";
+const BIN_DIR: &str = "FORKD_BIN_DIR";
 /// The root disk of the tests: Python and numpy, as in the quick start.
 const NUMPY_DISK: &str = "debian:bookworm?include=python3-numpy";
 /// The snapshot made of it.

@@ -25,7 +25,7 @@ use crate::agent::{Agent, Role};
 use crate::identity::{self, hooks};
 use crate::options::{BootOptions, MACHINE_TOKEN, OptionError};
 use crate::token::{Token, TokenError};
-use crate::{console, legacy, listen};
+use crate::{console, failure, legacy, listen, warmup};
 
 /// Programs that a machine runs before it listens.
 const BOOT_SCRIPTS: &str = "/etc/forkd/boot.d";
@@ -105,6 +105,11 @@ pub fn boot() -> Result<Arc<Agent>, BootError> {
                 console::error(&problem);
             }
         }
+    }
+    match warmup::run(&agent) {
+        Ok(Some(ready)) => drop(agent.warmup.set(ready)),
+        Ok(None) => {}
+        Err(error) => console::error(&failure::with_causes(&error)),
     }
     serve(&agent, &options)?;
     console::announce("forkd-agent ready");

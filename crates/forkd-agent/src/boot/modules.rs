@@ -34,7 +34,9 @@ fn load(path: &Path) -> Result<(), String> {
     let file = File::open(path).map_err(|error| format!("{}: {error}", path.display()))?;
     match rustix::system::finit_module(&file, c"", 0) {
         Ok(()) | Err(Errno::EXIST) => Ok(()),
-        Err(Errno::NOENT) => Err("it needs a symbol that no loaded module has; is its dependency listed before it?".into()),
+        Err(Errno::NOENT) => {
+            Err("it needs a symbol that no loaded module has; is its dependency listed before it?".into())
+        }
         Err(Errno::NOEXEC) => Err("it is not a module for this kernel (or is compressed)".into()),
         Err(Errno::NODEV) => Err("the machine does not have its device".into()),
         Err(error) => Err(error.to_string()),

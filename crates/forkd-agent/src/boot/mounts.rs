@@ -34,12 +34,7 @@ const FIRST: [Mount; 6] = [
         flags: MountFlags::NOSUID.union(MountFlags::NOEXEC),
         data: c"gid=5,mode=0620,ptmxmode=0666",
     },
-    Mount {
-        kind: "tmpfs",
-        target: "/dev/shm",
-        flags: MountFlags::NOSUID.union(MountFlags::NODEV),
-        data: c"mode=1777",
-    },
+    Mount { kind: "tmpfs", target: "/dev/shm", flags: MountFlags::NOSUID.union(MountFlags::NODEV), data: c"mode=1777" },
     Mount { kind: "tmpfs", target: "/run", flags: MountFlags::NOSUID.union(MountFlags::NODEV), data: c"mode=0755" },
 ];
 

@@ -131,7 +131,10 @@ mod tests {
 
     #[test]
     fn prefixes_become_masks() {
-        assert_eq!([0, 8, 24, 32].map(netmask), [[0; 4], [255, 0, 0, 0], [255, 255, 255, 0], [255; 4]].map(Ipv4Addr::from));
+        assert_eq!(
+            [0, 8, 24, 32].map(netmask),
+            [[0; 4], [255, 0, 0, 0], [255, 255, 255, 0], [255; 4]].map(Ipv4Addr::from)
+        );
     }
 
     #[test]

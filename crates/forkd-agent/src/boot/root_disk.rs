@@ -76,7 +76,9 @@ fn free_initramfs() {
 
 fn block_devices() -> String {
     let names: Vec<String> = fs::read_dir("/sys/class/block")
-        .map(|entries| entries.filter_map(|entry| Some(entry.ok()?.file_name().to_string_lossy().into_owned())).collect())
+        .map(|entries| {
+            entries.filter_map(|entry| Some(entry.ok()?.file_name().to_string_lossy().into_owned())).collect()
+        })
         .unwrap_or_default();
     if names.is_empty() { "none".to_owned() } else { names.join(" ") }
 }

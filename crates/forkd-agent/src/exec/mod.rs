@@ -28,7 +28,7 @@ use crate::users::{self, User, UserError};
 pub fn serve(agent: &Agent, connection: Connection, request: &Exec) -> Result<(), FrameError> {
     match start(agent, request) {
         Ok((watch, ends)) => {
-            let session = session::Session::new(connection, watch, ends, request, &agent.discarder);
+            let session = session::Session::new(connection, watch, ends, request, agent);
             session.run()
         }
         Err(failure) => {
@@ -44,10 +44,15 @@ pub fn serve(agent: &Agent, connection: Connection, request: &Exec) -> Result<()
 fn start(agent: &Agent, request: &Exec) -> Result<(ExitWatch, Ends), Failure> {
     let name = request.args.first().ok_or_else(|| failure::invalid("exec: args is empty, it must name a program"))?;
     let user = request.user.as_deref().map(users::find).transpose().map_err(|error| user_failure(name, error))?;
-    let environment = agent.environment.with(&additions(user.as_ref(), &request.env)?);
+    let mut environment = agent.environment.with(&additions(user.as_ref(), &request.env)?);
+    if request.terminal.is_some() {
+        environment.entry("TERM".to_owned()).or_insert_with(|| "xterm-256color".to_owned());
+    }
     let directory = request.cwd.as_deref().unwrap_or("/");
     if !Path::new(directory).is_absolute() {
-        return Err(failure::invalid(format!("cannot run {name:?}: the working directory {directory:?} is not absolute")));
+        return Err(failure::invalid(format!(
+            "cannot run {name:?}: the working directory {directory:?} is not absolute"
+        )));
     }
     if !Path::new(directory).is_dir() {
         return Err(failure::not_found(format!(

@@ -10,8 +10,12 @@
 //!
 //! Running ──process ends──► Draining(until) ──streams end, or grace over and pipes empty──► Exited sent
 //!    │ └──time limit: SIGKILL to the group──► Running
-//!    └────client gone: SIGKILL to the group, or (detach) streams to the discarder──► over
+//!    └────client gone: SIGKILL to the group, or (detach, copy) streams to the discarder──► over
 //! ```
+//!
+//! A copy of a machine wakes up with its connections reset while its programs are in the middle of
+//! something. They go on: a connection that was reset rather than closed is no sign of a client that
+//! went away if the machine takes on another identity just then.
 //!
 //! Backpressure is the absence of reading: output is read only when the client has taken what was
 //! read before; input is received only while little of it waits for the program.
@@ -27,9 +31,11 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::process::Signal;
 
-use super::discard::{self, Discarder};
+use super::discard;
 use super::frame_buffer::FrameBuffer;
+use crate::agent::Agent;
 use crate::connection::Connection;
+use crate::identity;
 use crate::reaper::ExitWatch;
 use crate::spawn::{self, Ends};
 
@@ -45,7 +51,9 @@ const END_OF_TRANSMISSION: u8 = 4;
 pub(super) struct Session<'a> {
     connection: Connection,
     watch: ExitWatch,
-    discarder: &'a Discarder,
+    agent: &'a Agent,
+    /// Identities taken on before the program started.
+    identities: u64,
     detach: bool,
     deadline: Option<Instant>,
     timed_out: bool,
@@ -54,6 +62,8 @@ pub(super) struct Session<'a> {
 
     received: FrameBuffer,
     client_gone: bool,
+    /// It did not close its connection; the connection broke.
+    client_reset: bool,
     pending_output: VecDeque<u8>,
 
     input: Option<OwnedFd>,
@@ -65,13 +75,7 @@ pub(super) struct Session<'a> {
 }
 
 impl<'a> Session<'a> {
-    pub(super) fn new(
-        connection: Connection,
-        watch: ExitWatch,
-        ends: Ends,
-        request: &Exec,
-        discarder: &'a Discarder,
-    ) -> Self {
+    pub(super) fn new(connection: Connection, watch: ExitWatch, ends: Ends, request: &Exec, agent: &'a Agent) -> Self {
         let deadline = request.timeout_ms.and_then(|limit| Instant::now().checked_add(Duration::from_millis(limit)));
         for end in [&ends.input, &ends.output, &ends.errors].into_iter().flatten() {
             // Pipes and terminals both know the request.
@@ -86,12 +90,14 @@ impl<'a> Session<'a> {
             deadline,
             connection,
             watch,
-            discarder,
+            agent,
+            identities: agent.identity.count(),
             detach: request.detach,
             timed_out: false,
             draining_until: None,
             received: FrameBuffer::default(),
             client_gone: false,
+            client_reset: false,
             pending_output: VecDeque::new(),
             input: ends.input,
             pending_input: VecDeque::new(),
@@ -107,13 +113,10 @@ impl<'a> Session<'a> {
         self.connection.set_nonblocking(true)?;
         self.queue_response(&Response::Started { pid: self.watch.pid().as_raw_pid() as u32 })?;
         loop {
-            self.enforce_deadline();
-            self.turn()?;
-            if self.client_gone {
-                self.abandon();
-                return Ok(());
-            }
-            if let Some(code) = self.watch.code()
+            // Looked at once per turn: what is decided on it and what is waited for must agree.
+            let code = self.watch.code();
+            self.enforce_deadline(code.is_some());
+            if let Some(code) = code
                 && self.output_is_over()
             {
                 // A detached program's background processes may go on writing.
@@ -121,16 +124,21 @@ impl<'a> Session<'a> {
                 self.queue_response(&Response::Exited(Exited { code: code.0, timed_out: self.timed_out }))?;
                 return self.finish();
             }
+            self.turn(code.is_some())?;
+            if self.client_gone {
+                self.abandon();
+                return Ok(());
+            }
         }
     }
 
-    fn enforce_deadline(&mut self) {
+    fn enforce_deadline(&mut self, ended: bool) {
         let now = Instant::now();
         if self.deadline.is_some_and(|deadline| deadline <= now) {
             self.deadline = None;
             self.timed_out = self.watch.signal_group(Signal::KILL);
         }
-        if self.draining_until.is_none() && self.watch.code().is_some() {
+        if self.draining_until.is_none() && ended {
             self.draining_until = Some(now + GRACE);
         }
     }
@@ -154,7 +162,7 @@ impl<'a> Session<'a> {
     }
 
     /// Waits until something can be done, and does it.
-    fn turn(&mut self) -> Result<(), FrameError> {
+    fn turn(&mut self, ended: bool) -> Result<(), FrameError> {
         let want_input = self.pending_input.len() < INPUT_LIMIT;
         let want_output = self.pending_output.is_empty();
         let mut fds = Vec::with_capacity(5);
@@ -162,7 +170,7 @@ impl<'a> Session<'a> {
         client.set(PollFlags::IN, want_input);
         client.set(PollFlags::OUT, !want_output);
         fds.push(PollFd::new(&self.connection, client));
-        if self.watch.code().is_none() {
+        if !ended {
             fds.push(PollFd::new(&self.watch, PollFlags::IN));
         }
         let mut output_at = [None; 2];
@@ -191,6 +199,7 @@ impl<'a> Session<'a> {
             self.receive()?;
         } else if client.intersects(PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR) {
             self.client_gone = true;
+            self.client_reset = client.intersects(PollFlags::ERR);
         }
         if input_at.is_some_and(|at| !ready[at].is_empty()) || self.end_input {
             self.write_input();
@@ -210,7 +219,10 @@ impl<'a> Session<'a> {
             Ok(0) => self.client_gone = true,
             Ok(got) => self.received.push(&self.chunk[..got]),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(_) => self.client_gone = true,
+            Err(_) => {
+                self.client_gone = true;
+                self.client_reset = true;
+            }
         }
         loop {
             match self.received.next() {
@@ -296,14 +308,19 @@ impl<'a> Session<'a> {
             match (&self.connection).write(self.pending_output.as_slices().0) {
                 Ok(sent) => drop(self.pending_output.drain(..sent)),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                Err(_) => self.client_gone = true,
+                Err(_) => {
+                    self.client_gone = true;
+                    self.client_reset = true;
+                }
             }
         }
     }
 
     /// The client went before the program ended.
     fn abandon(&mut self) {
-        if !self.detach {
+        let copied = || self.agent.identity.changes(self.identities, identity::RESET_PATIENCE);
+        let goes_on = self.detach || (self.client_reset && copied());
+        if !goes_on {
             self.watch.signal_group(Signal::KILL);
             return;
         }
@@ -316,7 +333,7 @@ impl<'a> Session<'a> {
 
     fn discard_outputs(&mut self) {
         for (_, fd) in self.outputs.iter_mut().filter_map(Option::take) {
-            self.discarder.take(fd);
+            self.agent.discarder.take(fd);
         }
     }
 

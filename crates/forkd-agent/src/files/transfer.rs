@@ -132,7 +132,11 @@ impl Destination {
             return Ok(Self { file, rename: None });
         }
         static SEQUENCE: AtomicU64 = AtomicU64::new(0);
-        let name = target.file_name().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidFilename))?.to_string_lossy().into_owned();
+        let name = target
+            .file_name()
+            .ok_or_else(|| io::Error::from(io::ErrorKind::InvalidFilename))?
+            .to_string_lossy()
+            .into_owned();
         // A long name plus the suffix may exceed the file system's limit; its start will do.
         let mut kept = name.len().min(200);
         while !name.is_char_boundary(kept) {

@@ -25,8 +25,11 @@ struct RandPoolInfo {
 /// Credits `seed` to the kernel's pool and makes the generator use it at once.
 pub(super) fn credit(seed: &[u8; SEED_LEN]) -> io::Result<()> {
     let random = OpenOptions::new().write(true).open("/dev/urandom")?;
-    let info =
-        RandPoolInfo { entropy_bits: 8 * SEED_LEN as libc::c_int, buffer_bytes: SEED_LEN as libc::c_int, buffer: *seed };
+    let info = RandPoolInfo {
+        entropy_bits: 8 * SEED_LEN as libc::c_int,
+        buffer_bytes: SEED_LEN as libc::c_int,
+        buffer: *seed,
+    };
     // SAFETY: the kernel reads `buffer_bytes` bytes behind the two counts, all within `info`.
     check(unsafe { libc::ioctl(random.as_raw_fd(), RNDADDENTROPY, &raw const info) })?;
     // SAFETY: takes no argument.

@@ -12,7 +12,7 @@ use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
-use std::sync::Mutex;
+use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 use forkd_proto::agent::{Failure, Identity};
@@ -29,8 +29,10 @@ pub const BOOT_ID_FILE: &str = "/run/forkd/boot-id";
 /// Programs that run after a fork.
 pub const HOOKS: &str = "/etc/forkd/post-fork.d";
 
+/// How long after a reset connection an identity may come that explains it.
+pub const RESET_PATIENCE: Duration = Duration::from_secs(5);
+
 const HOOK_LIMIT: Duration = Duration::from_secs(5);
-const RESEED_PATIENCE: Duration = Duration::from_secs(2);
 /// Clocks closer than this are left alone.
 const CLOCK_TOLERANCE_NS: u64 = 1_000_000;
 
@@ -40,12 +42,31 @@ pub struct CurrentIdentity {
     sandbox_id: Mutex<String>,
     /// Held while an identity is taken on, so that two are never mixed.
     changing: Mutex<()>,
+    /// How often one was taken on.
+    taken: Mutex<u64>,
+    taken_again: Condvar,
 }
 
 impl CurrentIdentity {
     /// The sandbox's id, empty before the first identity.
     pub fn sandbox_id(&self) -> String {
         poison::lock(&self.sandbox_id).clone()
+    }
+
+    /// How many identities were taken on so far. A machine that is copied takes on another, so a
+    /// number that has changed since means that this machine is a copy.
+    pub fn count(&self) -> u64 {
+        *poison::lock(&self.taken)
+    }
+
+    /// Waits for an identity after the first `count`; false when none comes in time.
+    ///
+    /// A copy wakes up with all its connections reset, and is told who it is a moment later. Whoever
+    /// finds a connection reset asks here whether its client went away or was never this machine's.
+    pub fn changes(&self, count: u64, patience: Duration) -> bool {
+        let taken = poison::lock(&self.taken);
+        let waited = self.taken_again.wait_timeout_while(taken, patience, |taken| *taken == count);
+        *waited.unwrap_or_else(PoisonError::into_inner).0 != count
     }
 }
 
@@ -77,8 +98,10 @@ pub fn take_on(agent: &Agent, identity: &Identity) -> Result<Vec<String>, Failur
     }
     agent.environment.set("FORKD_SANDBOX_ID", &identity.sandbox_id);
     poison::lock(&agent.identity.sandbox_id).clone_from(&identity.sandbox_id);
+    *poison::lock(&agent.identity.taken) += 1;
+    agent.identity.taken_again.notify_all();
     let reseed = Reseed { seed: &seed, sandbox_id: &identity.sandbox_id };
-    warnings.extend(agent.runtimes.reseed(&reseed, RESEED_PATIENCE));
+    warnings.extend(agent.runtimes.reseed(&reseed));
     if agent.role == Role::Init {
         let environment = [("FORKD_HOSTNAME".to_owned(), identity.hostname.clone())];
         warnings.extend(hooks::executables(Path::new(HOOKS)).iter().filter_map(|hook| {
@@ -176,6 +199,19 @@ mod tests {
             spoil(&mut spoilt);
             assert!(check(&spoilt).is_err(), "{spoilt:?}");
         }
+    }
+
+    #[test]
+    fn a_new_identity_wakes_who_waits_for_it() {
+        let identity = CurrentIdentity::default();
+        assert!(!identity.changes(0, Duration::from_millis(10)));
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| identity.changes(0, Duration::from_secs(20)));
+            *poison::lock(&identity.taken) += 1;
+            identity.taken_again.notify_all();
+            assert!(waiting.join().expect("no panic"));
+        });
+        assert!(identity.changes(0, Duration::ZERO) && !identity.changes(1, Duration::ZERO));
     }
 
     #[test]

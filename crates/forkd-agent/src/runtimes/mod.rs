@@ -19,7 +19,9 @@ use rustix::event::{PollFd, PollFlags};
 use crate::connection::Connection;
 use crate::environment::{Environment, find_program};
 use crate::failure;
+use crate::identity::{self, CurrentIdentity};
 use crate::reaper::Reaper;
+pub use answer::fit_in_a_frame;
 use supervisor::{Job, Supervisor};
 
 /// A language with a warm runtime.
@@ -94,13 +96,14 @@ pub struct Reseed<'a> {
 pub struct Runtimes {
     environment: Arc<Environment>,
     reaper: Arc<Reaper>,
+    identity: Arc<CurrentIdentity>,
     supervisors: [OnceLock<Arc<Supervisor>>; Language::ALL.len()],
 }
 
 impl Runtimes {
     /// None is started yet.
-    pub fn new(environment: Arc<Environment>, reaper: Arc<Reaper>) -> Self {
-        Self { environment, reaper, supervisors: Default::default() }
+    pub fn new(environment: Arc<Environment>, reaper: Arc<Reaper>, identity: Arc<CurrentIdentity>) -> Self {
+        Self { environment, reaper, identity, supervisors: Default::default() }
     }
 
     /// Names of the languages whose interpreter is running.
@@ -128,7 +131,7 @@ impl Runtimes {
         };
         let limit = request.timeout_ms.map(Duration::from_millis);
         let evaluated = self.run(language, &request.code, Scope::Persistent, limit, client)?;
-        Ok(answer::fit_in_a_frame(evaluated))
+        Ok(fit_in_a_frame(evaluated))
     }
 
     /// Evaluates `code`; `client` is watched for hanging up.
@@ -145,6 +148,7 @@ impl Runtimes {
         let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
         let job = Arc::new(Job::new(program, code.to_owned(), scope, deadline)?);
         supervisor.submit(Arc::clone(&job));
+        let identities = self.identity.count();
         let mut watch_client = true;
         loop {
             let mut fds = vec![PollFd::new(&*job, PollFlags::IN)];
@@ -155,10 +159,15 @@ impl Runtimes {
             if let Some(outcome) = job.take_outcome() {
                 return outcome;
             }
-            if fds.get(1).is_some_and(|client| !client.revents().is_empty()) {
+            let client_events = fds.get(1).map_or(PollFlags::empty(), PollFd::revents);
+            if !client_events.is_empty() {
                 watch_client = false;
-                job.cancel();
-                supervisor.nudge();
+                // As for programs: in a copy of the machine, the code goes on.
+                let reset = client_events.intersects(PollFlags::ERR);
+                if !(reset && self.identity.changes(identities, identity::RESET_PATIENCE)) {
+                    job.cancel();
+                    supervisor.nudge();
+                }
             }
         }
     }
@@ -172,9 +181,13 @@ impl Runtimes {
                 Ok(program) => Ok((language, program)),
                 Err(error) => Err(failure::not_found(format!("cannot start the {language} runtime: {error}"))),
             },
-            None => Language::ALL.into_iter().find_map(|language| Some((language, find(language).ok()?))).ok_or_else(
-                || failure::not_found(format!("this image has no runtime: neither python3 nor node is in PATH ({path})")),
-            ),
+            None => {
+                Language::ALL.into_iter().find_map(|language| Some((language, find(language).ok()?))).ok_or_else(|| {
+                    failure::not_found(format!(
+                        "this image has no runtime: neither python3 nor node is in PATH ({path})"
+                    ))
+                })
+            }
         }
     }
 
@@ -189,12 +202,12 @@ impl Runtimes {
     }
 
     /// Gives every running interpreter randomness of its own; returns what could not be done.
-    pub fn reseed(&self, reseed: &Reseed<'_>, patience: Duration) -> Vec<String> {
-        let deadline = Instant::now() + patience;
-        let told: Vec<_> =
-            self.running().map(|supervisor| (supervisor, supervisor.send_reseed(reseed))).collect();
+    pub fn reseed(&self, reseed: &Reseed<'_>) -> Vec<String> {
+        let told: Vec<_> = self.running().map(|supervisor| (supervisor, supervisor.send_reseed(reseed))).collect();
+        let now = Instant::now();
         told.into_iter()
             .filter_map(|(supervisor, sent)| {
+                let deadline = now + supervisor.reseed_patience();
                 let error = sent.and_then(|()| supervisor.await_reseeded(deadline)).err()?;
                 Some(format!("the {} runtime was not reseeded: {error}", supervisor.language()))
             })

@@ -175,6 +175,36 @@
   };
   const describe = (error) => (error instanceof Error ? error.stack ?? String(error) : `Uncaught ${util.inspect(error)}`);
 
+  // Code that the inspector evaluates has no module of its own, so Node refuses its import(...). The
+  // calls are made to go through this runner, which has one. Text in strings, templates and comments
+  // is skipped; regular expressions are not told from divisions, so one that holds a quote may keep
+  // a later import( from being found.
+  const importer = "__forkd_import";
+  Object.defineProperty(globalThis, importer, { value: (specifier, options) => import(specifier, options) });
+  const redirectImports = (code) => {
+    if (!/\bimport\s*\(/.test(code)) return code;
+    const token = /\/\/[^\n]*|\/\*[^]*?\*\/|'(?:\\[^]|[^'\\\n])*'|"(?:\\[^]|[^"\\\n])*"|[`{}]|(?<![\w$.])import(?=\s*\()/g;
+    const braces = [];
+    let redirected = "";
+    let at = 0;
+    for (let match; (match = token.exec(code)); ) {
+      const [text] = match;
+      if (text === "import") {
+        redirected += code.slice(at, match.index) + importer;
+        at = token.lastIndex;
+      } else if (text === "{") {
+        braces.push("block");
+      } else if (text === "`" || (text === "}" && braces.pop() === "template")) {
+        // The text of a template, up to its end or to code within it.
+        const rest = /(?:\\[^]|\$(?!\{)|[^`\\$])*(`|\$\{)?/y;
+        rest.lastIndex = token.lastIndex;
+        if (rest.exec(code)[1] === "${") braces.push("template");
+        token.lastIndex = rest.lastIndex || code.length;
+      }
+    }
+    return redirected + code.slice(at);
+  };
+
   let count = 0;
   const evaluate = async (message) => {
     if (receiverId === undefined) {
@@ -183,7 +213,8 @@
       });
       receiverId = found.result.objectId;
     }
-    const code = message.expression ? `(async () => {${message.code}\n})()` : message.code;
+    const source = redirectImports(message.code);
+    const code = message.expression ? `(async () => {${source}\n})()` : source;
     count += 1;
     const outcome = await post("Runtime.evaluate", {
       expression: `${code}\n//# sourceURL=eval-${count}`,

@@ -34,8 +34,8 @@ pub(super) struct Reply {
 #[derive(Debug)]
 pub(super) struct Process {
     pub(super) watch: ExitWatch,
-    pub(super) output: OwnedFd,
-    pub(super) errors: OwnedFd,
+    /// Standard output and error, until the code closes them.
+    pub(super) streams: [Option<OwnedFd>; 2],
     /// Source text goes here, replies come back; non-blocking.
     pub(super) work: UnixStream,
     pub(super) received: MessageBuffer,
@@ -76,8 +76,7 @@ impl Process {
         work.set_nonblocking(true)?;
         Ok(Self {
             watch,
-            output,
-            errors,
+            streams: [Some(output), Some(errors)],
             work,
             received: MessageBuffer::default(),
             control: Arc::new(Mutex::new(control)),

@@ -16,6 +16,7 @@ use std::collections::VecDeque;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -98,6 +99,7 @@ pub(super) struct Supervisor {
     jobs: Mutex<VecDeque<Arc<Job>>>,
     wake: OwnedFd,
     warm: Mutex<Option<Warm>>,
+    busy: AtomicBool,
 }
 
 impl Supervisor {
@@ -114,6 +116,7 @@ impl Supervisor {
             jobs: Mutex::default(),
             wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             warm: Mutex::default(),
+            busy: AtomicBool::new(false),
         });
         let working = Arc::clone(&supervisor);
         std::thread::Builder::new().name(language.name().into()).stack_size(512 << 10).spawn(move || working.run())?;
@@ -162,6 +165,13 @@ impl Supervisor {
         (&*control).write_all(&message)
     }
 
+    /// How long to wait for [`Self::await_reseeded`]. Node has one thread, so while it computes it
+    /// cannot answer; Python answers from a thread of its own.
+    pub(super) fn reseed_patience(&self) -> Duration {
+        let computing = self.language == Language::Node && self.busy.load(Ordering::Acquire);
+        if computing { Duration::from_millis(200) } else { Duration::from_secs(2) }
+    }
+
     /// Waits until the interpreter has reseeded.
     pub(super) fn await_reseeded(&self, deadline: Instant) -> io::Result<()> {
         let control = self.control()?;
@@ -195,8 +205,14 @@ impl Supervisor {
                     job.finish(Err(failure::internal("the client went away before its code was run")));
                 }
                 Some(job) => {
-                    let outcome = self.evaluate(&mut process, &job);
-                    job.finish(outcome);
+                    self.busy.store(true, Ordering::Release);
+                    let outcome = catch_unwind(AssertUnwindSafe(|| self.evaluate(&mut process, &job)));
+                    self.busy.store(false, Ordering::Release);
+                    // The client waits for an outcome, whatever happens here.
+                    job.finish(outcome.unwrap_or_else(|_| {
+                        self.forget(&mut process);
+                        Err(failure::internal("the agent failed while it ran the code; see its console"))
+                    }));
                 }
                 None => self.idle(&mut process),
             }
@@ -208,14 +224,12 @@ impl Supervisor {
         let mut fds = vec![PollFd::new(&self.wake, PollFlags::IN)];
         if let Some(process) = &*process {
             fds.push(PollFd::new(&process.watch, PollFlags::IN));
-            fds.push(PollFd::new(&process.output, PollFlags::IN));
-            fds.push(PollFd::new(&process.errors, PollFlags::IN));
+            fds.extend(process.streams.iter().flatten().map(|stream| PollFd::new(stream, PollFlags::IN)));
         }
         let _ = poll(&mut fds, None);
         let _ = rustix::io::read(&self.wake, &mut [0; 8]);
         if let Some(running) = process {
-            drain(&running.output);
-            drain(&running.errors);
+            drain(running);
             if let Some(code) = running.watch.code() {
                 console::warn(&format!("the {} runtime ended by itself: {code}", self.language));
                 self.forget(process);
@@ -248,10 +262,10 @@ impl Supervisor {
 
     fn evaluate(&self, process: &mut Option<Process>, job: &Job) -> Result<Evaluated, Failure> {
         let running = self.ensure_started(process, job)?;
-        drain(&running.output);
-        drain(&running.errors);
-        let (mut stdout, mut stderr) = (Captured::default(), Captured::default());
-        let end = self.exchange(running, job, &mut stdout, &mut stderr);
+        drain(running);
+        let mut captured = <[Captured; 2]>::default();
+        let end = self.exchange(running, job, &mut captured);
+        let [stdout, stderr] = captured;
         let failure = match end {
             Ok(reply) => {
                 if let Some(warm) = &mut *poison::lock(&self.warm) {
@@ -273,15 +287,10 @@ impl Supervisor {
 
     /// Sends the code and collects what comes until the reply. After an error the interpreter is of no
     /// more use.
-    fn exchange(
-        &self,
-        process: &mut Process,
-        job: &Job,
-        stdout: &mut Captured,
-        stderr: &mut Captured,
-    ) -> Result<Reply, Failure> {
+    fn exchange(&self, process: &mut Process, job: &Job, captured: &mut [Captured; 2]) -> Result<Reply, Failure> {
         let language = self.language;
-        let broken = |error: io::Error| failure::from_io(format_args!("lost touch with the {language} runtime"), &error);
+        let broken =
+            |error: io::Error| failure::from_io(format_args!("lost touch with the {language} runtime"), &error);
         let request = encode(&json!({ "code": job.code, "expression": job.scope == Scope::Single }));
         let mut sent = 0;
         let mut interrupted: Option<Instant> = None;
@@ -302,24 +311,23 @@ impl Supervisor {
             }
             let mut work = PollFlags::IN;
             work.set(PollFlags::OUT, sent < request.len());
-            let mut fds = [
-                PollFd::new(&process.work, work),
-                PollFd::new(&process.output, PollFlags::IN),
-                PollFd::new(&process.errors, PollFlags::IN),
-                PollFd::new(&process.watch, PollFlags::IN),
+            let mut fds = vec![
                 PollFd::new(&self.wake, PollFlags::IN),
+                PollFd::new(&process.watch, PollFlags::IN),
+                PollFd::new(&process.work, work),
             ];
+            fds.extend(process.streams.iter().flatten().map(|stream| PollFd::new(stream, PollFlags::IN)));
             let _ = poll(&mut fds, left.and_then(|left| left.try_into().ok()).as_ref());
-            if !fds[4].revents().is_empty() {
+            let [woken, ended] = [0, 1].map(|at: usize| !fds[at].revents().is_empty());
+            drop(fds);
+            if woken {
                 let _ = rustix::io::read(&self.wake, &mut [0; 8]);
                 if job.cancelled.load(Ordering::Acquire) && interrupted.is_none() {
                     interrupted = Some(Instant::now());
                     process.watch.signal_group(Signal::INT);
                 }
             }
-            let ended = !fds[3].revents().is_empty();
-            collect(&process.output, stdout);
-            collect(&process.errors, stderr);
+            collect(&mut process.streams, captured);
             if sent < request.len() {
                 match (&process.work).write(&request[sent..]) {
                     Ok(written) => sent += written,
@@ -333,7 +341,7 @@ impl Supervisor {
                     let code = process.watch.wait(None).expect("without a deadline it waits for the end");
                     return Err(failure::internal(format!(
                         "the {language} runtime ended while it ran the code ({code}); its state is lost{}",
-                        last_words(stderr)
+                        last_words(&mut captured[1])
                     )));
                 }
                 Ok(0) => {
@@ -349,8 +357,7 @@ impl Supervisor {
             }
             if let Some(reply) = process.received.next::<Reply>().map_err(broken)? {
                 // The runner flushed before it replied, so all output of the code is in the pipes.
-                collect(&process.output, stdout);
-                collect(&process.errors, stderr);
+                collect(&mut process.streams, captured);
                 return Ok(reply);
             }
         }
@@ -361,21 +368,27 @@ fn retry_later(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
 }
 
-/// Takes what a pipe holds now. A pipe holds 64 KiB unless someone enlarged it; the bound keeps code
-/// that writes without end from holding the loop, and so its time limit, up.
-fn collect(pipe: &OwnedFd, captured: &mut Captured) {
+/// Takes what the streams hold now, and forgets those that ended: they would be ready for ever.
+///
+/// A pipe holds 64 KiB unless someone enlarged it; the bound keeps code that writes without end from
+/// holding the loop, and so its time limit, up.
+fn collect(streams: &mut [Option<OwnedFd>; 2], captured: &mut [Captured; 2]) {
     let mut piece = vec![0; 64 << 10];
-    for _ in 0..16 {
-        match rustix::io::read(pipe, &mut piece) {
-            Ok(got @ 1..) => captured.push(&piece[..got]),
-            _ => return,
+    for (stream, captured) in streams.iter_mut().zip(captured) {
+        for _ in 0..16 {
+            let Some(pipe) = &stream else { break };
+            match rustix::io::read(pipe, &mut piece) {
+                Ok(got @ 1..) => captured.push(&piece[..got]),
+                Ok(_) => *stream = None,
+                Err(_) => break,
+            }
         }
     }
 }
 
-/// Drops what a pipe holds now.
-fn drain(pipe: &OwnedFd) {
-    collect(pipe, &mut Captured::default());
+/// Drops what the streams hold now.
+fn drain(process: &mut Process) {
+    collect(&mut process.streams, &mut <[Captured; 2]>::default());
 }
 
 /// What the interpreter said last, for an error message.

@@ -1,12 +1,12 @@
 //! The real agent as an ordinary program, and a client that speaks its protocol.
-#![allow(dead_code, missing_docs, clippy::unwrap_used)]
+#![allow(dead_code, missing_docs, unreachable_pub, clippy::unwrap_used, clippy::print_stdout)]
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use forkd_proto::agent::{Eval, Evaluated, Exec, ExecControl, Exited, Failure, Request, Response};
+use forkd_proto::agent::{Eval, Evaluated, Exec, ExecControl, Exited, Failure, Identity, Request, Response};
 use forkd_proto::frame::{Frame, Kind};
 use serde_json::Value;
 
@@ -74,6 +74,18 @@ impl Agent {
         let mut client = self.connect();
         client.say(request);
         client.response()
+    }
+
+    /// Makes the agent take on an identity.
+    pub fn identify(&self, id: &str, seed: u8) {
+        let identity = Identity {
+            sandbox_id: id.into(),
+            hostname: id.into(),
+            machine_id: "0".repeat(32),
+            seed: format!("{seed:02x}").repeat(64),
+            wall_clock_ns: 0,
+        };
+        assert_eq!(self.request(&Request::Identify(identity)), Response::Identified { warnings: vec![] });
     }
 
     pub fn exec(&self, exec: Exec) -> Outcome {
@@ -187,10 +199,7 @@ impl Client {
                 Kind::Stderr => stderr.extend(frame.payload),
                 _ => match frame.parse(Kind::Response).unwrap() {
                     Response::Exited(Exited { code, timed_out }) => {
-                        assert!(matches!(
-                            Frame::read_from(&mut self.0),
-                            Err(forkd_proto::frame::FrameError::Closed)
-                        ));
+                        assert!(matches!(Frame::read_from(&mut self.0), Err(forkd_proto::frame::FrameError::Closed)));
                         return Ok(Outcome { stdout, stderr, code, timed_out });
                     }
                     Response::Error(failure) => return Err(failure),

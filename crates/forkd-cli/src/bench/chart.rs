@@ -7,8 +7,8 @@ use std::fmt::Write;
 pub(super) struct Chart<'a> {
     /// Above the chart.
     pub(super) title: &'a str,
-    /// Below the chart: the machine and the command.
-    pub(super) note: &'a str,
+    /// Below the chart, a line each: the machine, the command.
+    pub(super) notes: &'a [String],
     /// What the values are.
     pub(super) unit: &'a str,
     /// Names of the bars within each group.
@@ -31,7 +31,7 @@ impl Chart<'_> {
     /// The chart as an SVG document.
     pub(super) fn svg(&self) -> String {
         let group_width = BAR * self.series.len() as f64;
-        let width = (LEFT + self.groups.len() as f64 * (group_width + GAP) + GAP).max(560.0);
+        let width = (LEFT + self.groups.len() as f64 * (group_width + GAP) + GAP).max(640.0);
         let height = TOP + HEIGHT + BOTTOM;
         let top = nice_ceiling(self.groups.iter().flat_map(|(_, values)| values).fold(0.0f64, |a, &b| a.max(b)));
         let mut svg = String::new();
@@ -49,11 +49,14 @@ impl Chart<'_> {
             let left = LEFT + GAP + index as f64 * (group_width + GAP);
             put(self.group(name, values, left, top));
         }
-        put(format!(
-            "<text x=\"{LEFT}\" y=\"{:.0}\" font-size=\"11\" fill=\"#57606a\">{}</text>\n</svg>\n",
-            height - 14.0,
-            escape(self.note)
-        ));
+        for (index, note) in self.notes.iter().enumerate() {
+            put(format!(
+                "<text x=\"{LEFT}\" y=\"{:.0}\" font-size=\"11\" fill=\"#57606a\">{}</text>\n",
+                TOP + HEIGHT + 44.0 + 15.0 * index as f64,
+                escape(note)
+            ));
+        }
+        put("</svg>\n".to_owned());
         svg
     }
 
@@ -155,7 +158,13 @@ mod tests {
     #[test]
     fn every_value_and_name_is_on_the_chart_and_nothing_breaks_the_markup() {
         let groups = [("1".to_owned(), vec![0.5, 1.25]), ("100 <b>".to_owned(), vec![80.0, 123.0])];
-        let chart = Chart { title: "a & b", note: "\"c\"", unit: "ms", series: &["floor", "forkd"], groups: &groups };
+        let chart = Chart {
+            title: "a & b",
+            notes: &["\"c\"".to_owned()],
+            unit: "ms",
+            series: &["floor", "forkd"],
+            groups: &groups,
+        };
         let svg = chart.svg();
         for text in ["a &amp; b", "&quot;c&quot;", "100 &lt;b&gt;", ">0.50<", ">1.25<", ">80.0<", ">123<", "floor"] {
             assert!(svg.contains(text), "{text} is missing in {svg}");

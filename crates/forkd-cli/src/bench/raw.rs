@@ -20,7 +20,7 @@ use super::chart::Chart;
 use crate::commands::Context;
 use crate::failure::{Advise, advised};
 use crate::statistics::{Summary, median, summarise};
-use crate::{output, programs};
+use crate::{output, programs, units};
 
 /// The source of the floor, part of this program so that the benchmark needs no checkout.
 const FLOOR_SOURCE: &str = include_str!("../../../../limits/fork_limit.c");
@@ -35,7 +35,7 @@ const TOUCHED_MIB: u64 = 64;
 #[derive(Args, Debug)]
 pub(crate) struct RawBenchArgs {
     /// Children per run; may be given several times
-    #[arg(short, long, default_values_t = [1, 10, 100], value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    #[arg(short, long, default_values_t = [1, 10, 100], value_parser = clap::value_parser!(u32).range(1..=1000))]
     n: Vec<u32>,
     /// Pairs of runs
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
@@ -98,10 +98,11 @@ impl RawBenchArgs {
     pub(crate) async fn run(self, context: &Context) -> anyhow::Result<u8> {
         let monitor = programs::companion("forkd-vmm")?;
         let floor = compile_floor(&context.data.bench(), context).await?;
-        let memory_file = context.data.bench().join(format!("memory.{}", std::process::id()));
+        // Both keep their memory images here, on the same file system.
+        let scratch = tempfile::tempdir_in(context.data.bench())?;
         let mut results = Vec::new();
         for &n in &self.n {
-            results.push(self.measure(n, &floor, &monitor, &memory_file, context).await?);
+            results.push(self.measure(n, &floor, &monitor, scratch.path(), context).await?);
         }
         let report = Report { host: Host::here(), command: self.command(), results };
         if let Some(path) = &self.chart {
@@ -123,18 +124,24 @@ impl RawBenchArgs {
         n: u32,
         floor: &Path,
         monitor: &Path,
-        memory_file: &Path,
+        scratch: &Path,
         context: &Context,
     ) -> anyhow::Result<Result> {
-        let step = context.progress.step(format!("{n} children, {} pairs", self.runs));
+        let step = context.progress.step(format!("n={n}, {}", units::count(self.runs as usize, "pair")));
         step.set_items(self.runs.into());
         let (mut floors, mut ours) = (Vec::new(), Vec::new());
         for pair in 0..self.runs {
-            floors.push(self.run_floor(n, floor, memory_file).await?);
-            ours.push(self.run_ours(n, monitor).await?);
+            // They take turns in going first, so that neither profits from what the other warmed.
+            if pair % 2 == 0 {
+                floors.push(self.run_floor(n, floor, &scratch.join("floor.memory")).await?);
+                ours.push(self.run_ours(n, monitor, scratch).await?);
+            } else {
+                ours.push(self.run_ours(n, monitor, scratch).await?);
+                floors.push(self.run_floor(n, floor, &scratch.join("floor.memory")).await?);
+            }
             step.set_position(u64::from(pair) + 1);
         }
-        step.done(format_args!("{n} children, {} pairs", self.runs));
+        step.done(format_args!("n={n}, {}", units::count(self.runs as usize, "pair")));
         let walls: Vec<f64> = ours.iter().map(|run| run.wall_ms).collect();
         let (floor_ms, ours_ms) = (median(floors.iter().copied()), median(walls.iter().copied()));
         Ok(Result {
@@ -155,7 +162,7 @@ impl RawBenchArgs {
         let mut command = Command::new(program);
         command
             .arg(self.memory.as_mib().to_string())
-            .arg(TOUCHED_MIB.min(self.memory.as_mib()).to_string())
+            .arg(self.touched_mib().to_string())
             .arg(n.to_string())
             .arg("file")
             .arg(memory_file);
@@ -163,12 +170,18 @@ impl RawBenchArgs {
         parse_floor(&text, n).with_context(|| format!("the floor said: {}", text.trim()))
     }
 
-    async fn run_ours(&self, n: u32, monitor: &Path) -> anyhow::Result<Run> {
+    async fn run_ours(&self, n: u32, monitor: &Path, scratch: &Path) -> anyhow::Result<Run> {
         let mut command = Command::new(monitor);
         command.arg("bench-raw").arg("--n").arg(n.to_string());
-        command.arg("--memory-mib").arg(self.memory.as_mib().to_string()).arg("--json");
+        command.arg("--memory-mib").arg(self.memory.as_mib().to_string());
+        command.arg("--touched-mib").arg(self.touched_mib().to_string());
+        command.arg("--scratch").arg(scratch).arg("--json");
         let text = run(command, "forkd-vmm bench-raw").await?;
         parse_run(&text).with_context(|| format!("forkd-vmm bench-raw said: {}", text.trim()))
+    }
+
+    fn touched_mib(&self) -> u64 {
+        TOUCHED_MIB.min(self.memory.as_mib() / 2)
     }
 
     fn command(&self) -> String {
@@ -217,7 +230,7 @@ impl Report {
             .collect();
         Chart {
             title: "Time until the last of N children is in its guest",
-            note: &format!("{}; {}", self.host.describe(), self.command),
+            notes: &[self.host.describe(), self.command.clone()],
             unit: "ms",
             series: &["floor: fork(2) and bare KVM", "forkd: whole monitor"],
             groups: &groups,

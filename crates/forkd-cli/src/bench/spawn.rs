@@ -18,7 +18,7 @@ use crate::failure::advised;
 use crate::interrupt::Interrupts;
 use crate::measurement::{self, Child, measure};
 use crate::statistics::{Summary, median, summarise};
-use crate::{machine, output};
+use crate::{machine, output, units};
 
 /// Evaluated first in every child.
 const DEFAULT_CODE: &str = "numpy.zeros(5).tolist()";
@@ -113,12 +113,12 @@ impl SpawnBenchArgs {
         // A zygote that is not warm would be measured into the first run.
         self.one_run(1, &endpoint, &mut interrupts, context).await?;
         for &n in &self.n {
-            let step = context.progress.step(format!("{n} children, {} runs", self.runs));
+            let step = context.progress.step(format!("n={n}, {}", units::count(self.runs as usize, "run")));
             let mut runs = Vec::new();
             for _ in 0..self.runs {
                 runs.push(self.one_run(n, &endpoint, &mut interrupts, context).await?);
             }
-            step.done(format_args!("{n} children, {} runs", self.runs));
+            step.done(format_args!("n={n}, {}", units::count(self.runs as usize, "run")));
             results.push(summary(n, &runs));
         }
         let report = Report { host: Host::here(), place: endpoint.place.describe(), command: self.command(), results };
@@ -285,7 +285,7 @@ impl Report {
             .collect();
         Chart {
             title: "N Linux guests with numpy, forked from one snapshot",
-            note: &format!("{}, in {}; {}", self.host.describe(), self.place, self.command),
+            notes: &[format!("{}, in {}", self.host.describe(), self.place), self.command.clone()],
             unit: "ms",
             series: &["all agents answered", "then: first evaluation of all"],
             groups: &groups,

@@ -106,7 +106,7 @@ impl FromImageArgs {
     async fn bake(self, context: &Context) -> anyhow::Result<u8> {
         let recipe = self.recipe.recipe();
         let size = self.size.or(self.size_mib.map(ByteSize::mib));
-        let plan = Plan::new(&self.source, &self.extra, size)?.from_mirror(self.mirror, self.refresh);
+        let plan = Plan::new(&self.source, &self.extra, size)?.with_mirror(self.mirror, self.refresh);
         let client = context.client().await?;
         refuse_existing(&client, &recipe).await?;
         let parts = plan.make(self.kernel, &context.data, &context.progress).await?;

@@ -6,8 +6,8 @@ use clap::Args;
 use forkd_types::Tag;
 use forkd_types::rest::SPAWN_LIMIT;
 
-use super::Context;
 use super::spawn::ChildOptions;
+use super::{Context, spawn_error};
 use crate::children::Children;
 use crate::interrupt::Interrupts;
 use crate::output;
@@ -41,7 +41,8 @@ impl ForkArgs {
         let client = context.client().await?;
         let began = Instant::now();
         let request = self.options.request(&self.tag, self.n);
-        let children = Children::spawn(&client, &request, &mut interrupts, &context.progress).await?;
+        let children =
+            Children::spawn(&client, &request, &mut interrupts, &context.progress).await.map_err(spawn_error)?;
         let total = began.elapsed();
         let report = children.report();
         // All sockets exist once the last child's monitor was forked; all restores have happened once
@@ -49,7 +50,9 @@ impl ForkArgs {
         let latest = |last_stage: &str| {
             let until = |stages: &forkd_types::StageTimings| {
                 let upto = stages.0.iter().position(|stage| stage.name == last_stage)?;
-                Some(stages.0[..=upto].iter().map(|stage| stage.us).sum::<u64>())
+                // A stage with a dot in its name is part of another.
+                let own = stages.0[..=upto].iter().filter(|stage| !stage.name.contains('.'));
+                Some(own.map(|stage| stage.us).sum::<u64>())
             };
             let us = report.timings.iter().filter_map(|timings| until(&timings.stages)).max();
             us.map_or(total, Duration::from_micros).min(total)

@@ -1,4 +1,4 @@
-//! `images`, `rmi`, `snapshot-info`, `verify`.
+//! `images`, `rmi`, `snapshot-info`.
 
 use clap::Args;
 use forkd_types::rest::{SnapshotInfo, SnapshotStatus};
@@ -6,7 +6,6 @@ use forkd_types::{ByteSize, Tag};
 use serde_json::Value;
 
 use super::{Context, snapshot_error};
-use crate::client::ClientError;
 use crate::failure::advised;
 use crate::{output, units};
 
@@ -44,7 +43,7 @@ impl ImagesArgs {
         }
         output::print_table(&mut table)?;
         let total = snapshots.iter().filter_map(|snapshot| snapshot.stored_bytes).sum();
-        output::line(format_args!("{} snapshots, {}", snapshots.len(), ByteSize(total)))?;
+        output::line(format_args!("{}, {}", units::count(snapshots.len(), "snapshot"), ByteSize(total)))?;
         Ok(0)
     }
 }
@@ -115,13 +114,19 @@ impl SnapshotInfoArgs {
         match detail {
             Value::Object(fields) if !self.json => {
                 for (name, value) in &fields {
-                    output::line(format_args!("{:<24}{}", name.replace('_', " "), plain(name, value)))?;
+                    output::line(format_args!("{:<24}{}", label(name), plain(name, value)))?;
                 }
             }
             detail => output::json(&detail)?,
         }
         Ok(0)
     }
+}
+
+/// A field's name for a person: its unit is seen at the value.
+fn label(name: &str) -> String {
+    let bare = name.strip_suffix("_bytes").or_else(|| name.strip_suffix("_unix")).unwrap_or(name);
+    bare.replace('_', " ")
 }
 
 /// A field's value for a person: sizes with their unit, lists on one line.
@@ -138,46 +143,5 @@ fn plain(name: &str, value: &Value) -> String {
         Value::Array(items) if items.is_empty() => "—".to_owned(),
         Value::Array(items) => items.iter().map(|item| plain("", item)).collect::<Vec<_>>().join(", "),
         other => other.to_string(),
-    }
-}
-
-/// Arguments of `forkd verify`.
-#[derive(Args, Debug)]
-pub(crate) struct VerifyArgs {
-    /// The snapshot
-    tag: Tag,
-    /// Print the daemon's answer as JSON, one object a line
-    #[arg(long)]
-    json: bool,
-}
-
-impl VerifyArgs {
-    pub(crate) async fn run(self, context: &Context) -> anyhow::Result<u8> {
-        let client = context.client().await?;
-        let step = context.progress.step(format!("Verifying {}", self.tag));
-        let mut failure = None;
-        client
-            .verify(&self.tag, |event| {
-                if self.json {
-                    output::line(&event).map_err(|error| ClientError::Failed(error.to_string()))?;
-                }
-                match event.get("error").and_then(Value::as_str) {
-                    Some(error) => failure = Some(error.to_owned()),
-                    None => step.detail(event.get("file").and_then(Value::as_str).unwrap_or_default().to_owned()),
-                }
-                Ok(())
-            })
-            .await
-            .map_err(snapshot_error)?;
-        match failure {
-            None => {
-                step.done(format_args!("{} is whole", self.tag));
-                Ok(0)
-            }
-            Some(error) => Err(advised(
-                anyhow::anyhow!("snapshot {} is damaged: {error}", self.tag),
-                format!("forkd rmi {}   (then bake it again)", self.tag),
-            )),
-        }
     }
 }

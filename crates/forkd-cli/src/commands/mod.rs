@@ -14,6 +14,7 @@ pub(crate) mod ping;
 pub(crate) mod quickstart;
 pub(crate) mod sandboxes;
 pub(crate) mod spawn;
+pub(crate) mod verify;
 
 use crate::client::{Client, ClientError};
 use crate::data_dir::DataDir;

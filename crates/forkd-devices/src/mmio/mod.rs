@@ -70,11 +70,7 @@ impl MmioTransport {
         let device_id = device.device_id();
         let mut registers = Registers::new(device.features(), device.queue_sizes());
         if state.queues.len() != registers.queues.len() {
-            return Err(RestoreError::QueueCount {
-                device_id,
-                saved: state.queues.len(),
-                own: registers.queues.len(),
-            });
+            return Err(RestoreError::QueueCount { device_id, saved: state.queues.len(), own: registers.queues.len() });
         }
         registers.device_features_select = state.device_features_select;
         registers.driver_features_select = state.driver_features_select;

@@ -78,12 +78,11 @@ impl Net {
     /// As [`new`](Self::new).
     pub fn restore(state: &NetState, tap: OwnedFd) -> Result<Self, DescriptorError> {
         let failed = |action| move |source: io::Error| DescriptorError { device: "network", action, source };
-        rustix::io::ioctl_fionbio(&tap, true)
-            .map_err(|error| failed("making the tap non-blocking")(error.into()))?;
+        rustix::io::ioctl_fionbio(&tap, true).map_err(|error| failed("making the tap non-blocking")(error.into()))?;
         tap::set_header_len(&tap, NET_HEADER_LEN).map_err(failed("setting the tap's header length"))?;
         tap::set_offloads(&tap, state.features.unwrap_or(0)).map_err(failed("setting the tap's offloads"))?;
-        let epoll = epoll::create(CreateFlags::CLOEXEC)
-            .map_err(|error| failed("creating the event queue")(error.into()))?;
+        let epoll =
+            epoll::create(CreateFlags::CLOEXEC).map_err(|error| failed("creating the event queue")(error.into()))?;
         epoll::add(&epoll, &tap, EventData::new_u64(TAP), EventFlags::IN | EventFlags::ET)
             .map_err(|error| failed("watching the tap")(error.into()))?;
         let requeue = Requeue::new();
@@ -137,9 +136,11 @@ impl Net {
                 if self.held == 0 && !self.read_packet() {
                     return;
                 }
+                let seen = queues.available_end(RECEIVE);
                 if self.deliver(queues) {
                     self.held = 0;
-                } else if !queues.rearm(RECEIVE) {
+                } else if queues.rearm_at_end(RECEIVE) == seen {
+                    // Some buffers may be there, too few for this packet; it goes on with the next.
                     return;
                 }
             }

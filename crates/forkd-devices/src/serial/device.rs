@@ -75,3 +75,50 @@ impl SerialPort {
         self.port.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use crate::test_driver::CountingLine;
+
+    const INTERRUPT_ENABLE: u8 = 1;
+    const LINE_STATUS: u8 = 5;
+    const SCRATCH: u8 = 7;
+
+    fn console(directory: &tempfile::TempDir, name: &str) -> File {
+        File::options().create(true).append(true).open(directory.path().join(name)).unwrap()
+    }
+
+    #[test]
+    fn a_copy_writes_to_its_own_console_with_the_same_registers() {
+        let directory = tempfile::tempdir().unwrap();
+        let line = Arc::new(CountingLine::default());
+        let port = SerialPort::new(console(&directory, "source"), Arc::clone(&line) as Arc<dyn InterruptLine>);
+        port.write(SCRATCH, 0x5a);
+        port.write(INTERRUPT_ENABLE, 2);
+        b"hello\nwor".iter().for_each(|&byte| port.write(0, byte));
+        assert!(line.count() > 0, "the transmitter is empty again");
+        assert_eq!(port.read(LINE_STATUS) & 0x20, 0x20);
+
+        let state: SerialState = postcard::from_bytes(&postcard::to_stdvec(&port.save()).unwrap()).unwrap();
+        let copy = SerialPort::restore(&state, console(&directory, "copy"), line).unwrap();
+        assert_eq!(copy.read(SCRATCH), 0x5a);
+        b"copy\n".iter().for_each(|&byte| copy.write(0, byte));
+        port.flush();
+        let read = |name| std::fs::read_to_string(directory.path().join(name)).unwrap();
+        assert_eq!((read("source").as_str(), read("copy").as_str()), ("hello\nwor", "copy\n"));
+        assert_eq!(port.dropped_bytes(), 0);
+    }
+
+    #[test]
+    fn a_state_with_too_much_input_is_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let line: Arc<dyn InterruptLine> = Arc::new(CountingLine::default());
+        let mut state = SerialPort::new(console(&directory, "a"), Arc::clone(&line)).save();
+        state.input = vec![0; 65];
+        let refused = SerialPort::restore(&state, console(&directory, "b"), line);
+        assert!(matches!(refused, Err(RestoreError::SerialInput { len: 65 })));
+    }
+}

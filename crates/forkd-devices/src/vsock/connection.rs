@@ -98,6 +98,8 @@ pub(super) struct Connection {
 
     /// What the guest's SHUTDOWN packets have ended.
     guest_ended: ShutdownFlags,
+    /// Of that, what the client has been shown.
+    passed_on: ShutdownFlags,
     /// What our SHUTDOWN packets have ended.
     told_ended: ShutdownFlags,
     credit_wanted: bool,
@@ -127,6 +129,7 @@ impl Connection {
             guest_forwarded: 0,
             sent: 0,
             guest_ended: ShutdownFlags::default(),
+            passed_on: ShutdownFlags::default(),
             told_ended: ShutdownFlags::default(),
             credit_wanted: false,
             credit_asked: false,
@@ -148,7 +151,13 @@ impl Connection {
         self.client_ended |= self.hung_up && self.guest_ended.receive;
         match self.phase {
             Phase::Greeting => self.read_greeting(),
-            Phase::Requested { sent } if self.hung_up => if sent { Verdict::Reset } else { Verdict::Forget },
+            Phase::Requested { sent } if self.hung_up => {
+                if sent {
+                    Verdict::Reset
+                } else {
+                    Verdict::Forget
+                }
+            }
             Phase::Requested { .. } => Verdict::Keep,
             Phase::Open => self.flush(),
         }
@@ -294,13 +303,14 @@ impl Connection {
             // The guest closed and waits for the answer that Linux gives too.
             return Verdict::Reset;
         }
-        // Shutting an end down twice, or one whose peer is gone, changes nothing.
-        if self.guest_ended.send {
+        // Once each: every call makes an edge, which leads here again. A peer that is gone is no error.
+        if self.guest_ended.send && !self.passed_on.send {
             let _ = shutdown(&self.socket, Shutdown::Write);
         }
-        if self.guest_ended.receive {
+        if self.guest_ended.receive && !self.passed_on.receive {
             let _ = shutdown(&self.socket, Shutdown::Read);
         }
+        self.passed_on = self.guest_ended;
         Verdict::Keep
     }
 

@@ -13,7 +13,7 @@
 //! that event in a work item of its own, in no order with the one that receives packets: a connection
 //! that is requested too early would be accepted and then reset along with the old ones. So requests
 //! are held back until the driver has *handled* the event. It shows that by giving the event buffer
-//! back: `virtio_transport_event_work` (Linux 4.8 to 6.12 at least) calls the handler first and
+//! back: Linux's `virtio_transport_event_work` calls the handler first and
 //! `virtio_vsock_event_fill_one` after it, then kicks the queue. Waiting for that costs one work item
 //! in the guest and no timer.
 

@@ -8,8 +8,8 @@ use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
-use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::event::Timespec;
+use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::net::{SocketFlags, accept_with};
 
 use super::connection::{BUFFER_SIZE, Connection, Filled, PacketFields, Verdict};
@@ -54,12 +54,11 @@ struct Reset {
 
 impl Muxer {
     pub(super) fn new(guest_cid: u64, listener: OwnedFd, next_host_port: u32) -> Result<Self, DescriptorError> {
-        let failed =
-            |action| move |error: io::Error| DescriptorError { device: "vsock", action, source: error };
+        let failed = |action| move |error: io::Error| DescriptorError { device: "vsock", action, source: error };
         rustix::io::ioctl_fionbio(&listener, true)
             .map_err(|error| failed("making the listening socket non-blocking")(error.into()))?;
-        let epoll = epoll::create(CreateFlags::CLOEXEC)
-            .map_err(|error| failed("creating the event queue")(error.into()))?;
+        let epoll =
+            epoll::create(CreateFlags::CLOEXEC).map_err(|error| failed("creating the event queue")(error.into()))?;
         epoll::add(&epoll, &listener, EventData::new_u64(LISTENER), EventFlags::IN)
             .map_err(|error| failed("watching the listening socket")(error.into()))?;
         let requeue = Requeue::new();
@@ -84,9 +83,9 @@ impl Muxer {
         self.epoll.as_raw_fd()
     }
 
-    /// Closes every connection, on the host's side only.
+    /// Closes every connection that the guest may know of, on the host's side only.
     pub(super) fn clear(&mut self) {
-        self.connections.clear();
+        self.connections.retain(|_, connection| connection.is_greeting());
         self.ready.clear();
         self.resets.clear();
         self.resume_listening();
@@ -103,23 +102,23 @@ impl Muxer {
         self.requeue.request()
     }
 
-    /// Takes host events; returns whether left-over work was asked for. Clients whose greeting is
-    /// complete are turned away unless `driver_runs`.
-    pub(super) fn host_events(&mut self, driver_runs: bool) -> bool {
+    /// Takes host events, among them the request to go on with left-over work. Clients whose greeting
+    /// is complete are turned away unless `driver_runs`.
+    pub(super) fn host_events(&mut self, driver_runs: bool) {
         const NOW: Timespec = Timespec { tv_sec: 0, tv_nsec: 0 };
         let empty = epoll::Event { flags: EventFlags::empty(), data: EventData::new_u64(0) };
         let mut events = [empty; EVENTS_PER_CALL];
         // An error here (only EINTR is possible) leaves the descriptor readable.
         let count = epoll::wait(&self.epoll, &mut events[..], Some(&NOW)).unwrap_or(0);
-        let mut left_over = false;
         for event in &events[..count] {
             match event.data.u64() {
                 LISTENER => self.accept(),
-                REQUEUE => left_over = self.requeue.take(),
+                REQUEUE => {
+                    self.requeue.take();
+                }
                 token => self.connection_event(token as u32, event.flags, driver_runs),
             }
         }
-        left_over
     }
 
     fn accept(&mut self) {
@@ -137,13 +136,8 @@ impl Muxer {
                 self.connections.insert(host_port, Connection::new(socket, host_port));
             }
         }
-        self.listening = epoll::modify(
-            &self.epoll,
-            &self.listener,
-            EventData::new_u64(LISTENER),
-            EventFlags::empty(),
-        )
-        .is_err();
+        self.listening =
+            epoll::modify(&self.epoll, &self.listener, EventData::new_u64(LISTENER), EventFlags::empty()).is_err();
     }
 
     fn resume_listening(&mut self) {
@@ -281,10 +275,5 @@ impl Muxer {
             fwd_cnt: fields.fwd_cnt,
         };
         space.copy_from(&header.encode());
-    }
-
-    #[cfg(test)]
-    pub(super) fn connection_count(&self) -> usize {
-        self.connections.len()
     }
 }

@@ -17,6 +17,7 @@ use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Timespec, T
 use rustix::io::Errno;
 use tar::{Archive, Entry, EntryType};
 
+use super::correction::{Correction, Corrections};
 use crate::kernel::{Compression, Streams};
 use crate::progress::Progress;
 use crate::{ImageError, Result};
@@ -25,13 +26,10 @@ use crate::{ImageError, Result};
 const ATTRIBUTE: &str = "SCHILY.xattr.";
 
 /// Unpacks `archive` into the directory `root`, which does not exist yet.
-pub(super) fn unpack(archive: &Path, root: &Path, progress: &mut dyn FnMut(Progress<'_>)) -> Result<()> {
-    if !rustix::process::geteuid().is_root() {
-        return Err(ImageError::NeedsRoot {
-            action: "building a root disk from an archive",
-            reason: "the files in it belong to other users; run this with sudo".to_owned(),
-        });
-    }
+///
+/// Root gives every file its owner and attributes. Another user cannot, and gets back what is to be
+/// corrected in the image.
+pub(crate) fn unpack(archive: &Path, root: &Path, progress: &mut dyn FnMut(Progress<'_>)) -> Result<Corrections> {
     let unpacked = Unpacking::begin(archive, root)?.run(progress);
     match unpacked {
         // How much it would have been is known only when all of it was seen.
@@ -86,9 +84,13 @@ struct Unpacking<'a> {
     root: OwnedFd,
     /// Modes and times of directories, set when nothing is put into them any more.
     directories: Vec<(PathBuf, Attributes)>,
+    /// Whether owners and attributes can be given to files.
+    privileged: bool,
+    corrections: Corrections,
 }
 
 /// What every member has besides its content.
+#[derive(Clone)]
 struct Attributes {
     mode: Mode,
     owner: Uid,
@@ -103,10 +105,12 @@ impl<'a> Unpacking<'a> {
         let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
         let root = rustix::fs::open(root_path, flags, Mode::empty()).map_err(ImageError::io("open", root_path))?;
         rustix::fs::fchmod(&root, Mode::from_raw_mode(0o755)).map_err(ImageError::io("set the mode of", root_path))?;
-        Ok(Self { archive, root_path, root, directories: Vec::new() })
+        let privileged = rustix::process::geteuid().is_root();
+        let corrections = Corrections::default();
+        Ok(Self { archive, root_path, root, directories: Vec::new(), privileged, corrections })
     }
 
-    fn run(mut self, progress: &mut dyn FnMut(Progress<'_>)) -> Result<()> {
+    fn run(mut self, progress: &mut dyn FnMut(Progress<'_>)) -> Result<Corrections> {
         let size = self.archive.metadata().map_err(ImageError::io("read", self.archive))?.len();
         let consumed = Cell::new(0);
         let mut reader = open(self.archive, &consumed)?;
@@ -126,13 +130,58 @@ impl<'a> Unpacking<'a> {
         while let Some((path, attributes)) = self.directories.pop() {
             let name = path.display().to_string();
             match self.open_dir(&path, ResolveFlags::NO_SYMLINKS) {
-                Ok(dir) => attributes.apply(&dir).map_err(|error| self.failed(&name)(error))?,
+                Ok(dir) => self
+                    .give(&dir, &path, FileType::Directory, attributes)
+                    .map_err(|error| self.failed(&name)(error))?,
                 // A later member took its place.
                 Err(Errno::NOTDIR | Errno::LOOP | Errno::NOENT) => {}
                 Err(error) => return Err(self.failed(&name)(error)),
             }
         }
+        Ok(self.corrections)
+    }
+
+    /// Gives an open file its attributes, or notes those that it cannot be given.
+    fn give(&mut self, file: &OwnedFd, path: &Path, kind: FileType, attributes: Attributes) -> rustix::io::Result<()> {
+        if self.privileged {
+            return attributes.apply(file);
+        }
+        // Whoever makes the image must be able to read it.
+        let readable = if kind == FileType::Directory { 0o700 } else { 0o600 };
+        rustix::fs::fchmod(file, attributes.mode | Mode::from_raw_mode(readable))?;
+        rustix::fs::futimens(file, &attributes.times)?;
+        self.correct(path, kind, attributes);
         Ok(())
+    }
+
+    /// As [`Self::give`], for what cannot be opened.
+    fn give_at(
+        &mut self,
+        (parent, name): (&OwnedFd, &OsStr),
+        path: &Path,
+        kind: FileType,
+        attributes: Attributes,
+    ) -> rustix::io::Result<()> {
+        if self.privileged {
+            return attributes.apply_at(parent, name);
+        }
+        rustix::fs::utimensat(parent, name, &attributes.times, AtFlags::SYMLINK_NOFOLLOW)?;
+        self.correct(path, kind, attributes);
+        Ok(())
+    }
+
+    fn correct(&mut self, path: &Path, kind: FileType, attributes: Attributes) {
+        let Attributes { mode, owner, group, extended, .. } = attributes;
+        let mode = if kind == FileType::Symlink { 0o777 } else { mode.as_raw_mode() };
+        self.corrections.note(
+            path,
+            Correction {
+                uid: owner.as_raw(),
+                gid: group.as_raw(),
+                mode: Some(kind.as_raw_mode() | mode),
+                attributes: extended,
+            },
+        );
     }
 
     fn member(&mut self, entry: &mut Entry<'_, impl Read>) -> Result<()> {
@@ -160,26 +209,28 @@ impl<'a> Unpacking<'a> {
             }
             EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => {
                 self.clear(&parent, last, &name)?;
-                self.write_file(entry, &parent, last, &name, &attributes)?;
+                let file = self.write_file(entry, &parent, last, &name)?;
+                self.give(&file, &path, FileType::RegularFile, attributes)
+                    .map_err(|error| self.failed(&name)(error))?;
             }
             EntryType::Symlink => {
                 let target = entry.link_name_bytes().filter(|target| !target.is_empty());
                 let target = target.ok_or_else(|| self.refuse(&name, "is a link to nothing"))?;
                 self.clear(&parent, last, &name)?;
                 rustix::fs::symlinkat(OsStr::from_bytes(&target), &parent, last)
-                    .and_then(|()| attributes.apply_at(&parent, last))
+                    .and_then(|()| self.give_at((&parent, last), &path, FileType::Symlink, attributes))
                     .map_err(|error| self.failed(&name)(error))?;
             }
             EntryType::Link => {
                 let target = entry.link_name_bytes().unwrap_or_default().into_owned();
-                self.hard_link(&name, &target, &parent, last)?;
+                self.hard_link(&name, &target, (&parent, last), &path)?;
             }
             EntryType::Fifo => {
                 self.clear(&parent, last, &name)?;
                 rustix::fs::mknodat(&parent, last, FileType::Fifo, attributes.mode, 0)
                     // The process's mask took bits away.
                     .and_then(|()| rustix::fs::chmodat(&parent, last, attributes.mode, AtFlags::empty()))
-                    .and_then(|()| attributes.apply_at(&parent, last))
+                    .and_then(|()| self.give_at((&parent, last), &path, FileType::Fifo, attributes))
                     .map_err(|error| self.failed(&name)(error))?;
             }
             EntryType::Char | EntryType::Block => {
@@ -202,8 +253,7 @@ impl<'a> Unpacking<'a> {
         parent: &OwnedFd,
         last: &OsStr,
         name: &str,
-        attributes: &Attributes,
-    ) -> Result<()> {
+    ) -> Result<OwnedFd> {
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let file = rustix::fs::openat(parent, last, flags, Mode::RUSR | Mode::WUSR)
             .map_err(|error| self.failed(name)(error))?;
@@ -217,10 +267,10 @@ impl<'a> Unpacking<'a> {
             }
             file.write_all(&buffer[..got]).map_err(|error| self.failed(name)(error))?;
         }
-        attributes.apply(&OwnedFd::from(file)).map_err(|error| self.failed(name)(error))
+        Ok(OwnedFd::from(file))
     }
 
-    fn hard_link(&self, name: &str, target: &[u8], parent: &OwnedFd, last: &OsStr) -> Result<()> {
+    fn hard_link(&mut self, name: &str, target: &[u8], (parent, last): (&OwnedFd, &OsStr), path: &Path) -> Result<()> {
         let text = String::from_utf8_lossy(target).into_owned();
         let target = self.inside(name, OsStr::from_bytes(target), &format!("links to {text:?}, which "))?;
         let from = target.file_name().ok_or_else(|| self.refuse(name, "is a hard link to the root"))?;
@@ -236,7 +286,11 @@ impl<'a> Unpacking<'a> {
         }
         self.clear(parent, last, name)?;
         match rustix::fs::linkat(&from_dir, from, parent, last, AtFlags::empty()) {
-            Ok(()) => Ok(()),
+            Ok(()) => {
+                // One file: what its first name lacks is lacking under each.
+                self.corrections.copy(&target, path);
+                Ok(())
+            }
             Err(Errno::NOENT) => Err(missing()),
             Err(error) => Err(self.failed(name)(error)),
         }

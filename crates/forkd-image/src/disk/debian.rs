@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::Path;
 
+use super::correction::Corrections;
 use crate::progress::Progress;
 use crate::tool::{Ended, Tool};
 use crate::{ImageError, Result};
@@ -45,19 +46,31 @@ impl Bootstrap<'_> {
     }
 
     /// Makes the tree in `root`, which does not exist yet.
-    pub(crate) fn run(&self, root: &Path, progress: &mut dyn FnMut(Progress<'_>)) -> Result<()> {
-        if !rustix::process::geteuid().is_root() {
-            return Err(ImageError::NeedsRoot {
-                action: "building a Debian root disk",
-                reason: "the files in it belong to many users; run this with sudo".to_owned(),
-            });
-        }
+    ///
+    /// Root gets it directly. For another user mmdebstrap works in a user namespace (which needs a
+    /// range of subordinate ids) and hands over an archive, since nobody outside could give the
+    /// files their owners.
+    pub(super) fn run(&self, root: &Path, progress: &mut dyn FnMut(Progress<'_>)) -> Result<Corrections> {
         let parent = root.parent().expect("a tree is made inside a scratch directory");
         crate::error::require_space(parent, LEAST_SPACE)?;
-        let mut tool = Tool::new("mmdebstrap", "mmdebstrap").args([
+        let corrections = if rustix::process::geteuid().is_root() {
+            self.bootstrap("--mode=root", root, parent, progress)?;
+            Corrections::default()
+        } else {
+            let archive = parent.join("root.tar");
+            self.bootstrap("--mode=unshare", &archive, parent, progress)?;
+            let corrections = super::archive::unpack(&archive, root, &mut |_| {})?;
+            fs::remove_file(&archive).map_err(ImageError::io("remove", &archive))?;
+            corrections
+        };
+        make_neutral(root)?;
+        Ok(corrections.of_what_is_in(root))
+    }
+
+    fn bootstrap(&self, mode: &str, out: &Path, parent: &Path, progress: &mut dyn FnMut(Progress<'_>)) -> Result<()> {
+        let mut tool = Tool::new("mmdebstrap", "mmdebstrap").arg(mode).args([
             // Not quiet: what it prints is where the progress is read from.
             "--verbose",
-            "--mode=root",
             "--variant=minbase",
             "--architectures=amd64",
             "--skip=output/dev",
@@ -67,12 +80,14 @@ impl Bootstrap<'_> {
             "--dpkgopt=path-include=/usr/share/doc/*/copyright",
             "--dpkgopt=path-exclude=/usr/share/locale/*",
             "--dpkgopt=path-include=/usr/share/locale/locale.alias",
+            // What is cut short is thrown away, here as in a guest: no need to sync every file.
+            "--dpkgopt=force-unsafe-io",
             "--aptopt=Acquire::Retries 3",
         ]);
         if !self.include.is_empty() {
             tool = tool.arg(format!("--include={}", self.include.join(",")));
         }
-        tool = tool.arg(self.suite).arg(root).args(self.mirror);
+        tool = tool.arg(self.suite).arg(out).args(self.mirror);
 
         let mut steps = Steps::default();
         progress(Progress::part("fetching the package lists", 0, 100));
@@ -87,7 +102,7 @@ impl Bootstrap<'_> {
             let needed = (steps.installed_bytes > 0).then_some(steps.installed_bytes * 3 / 2 + LEAST_SPACE / 2);
             return Err(explain(&ended, self.suite, parent, &action, needed));
         }
-        make_neutral(root)
+        Ok(())
     }
 }
 

@@ -2,8 +2,8 @@
 //!
 //! No journal. A branch or snapshot takes disk and memory in one instant, so a copy never replays
 //! one; and the disk of a killed sandbox is thrown away with it. What a journal would do is write
-//! metadata twice, into overlays that every sandbox pays for, and wake idle guests every five
-//! seconds. Checksums of metadata are kept: they tell a broken overlay from a broken program.
+//! metadata twice, into overlays that every sandbox pays for, wake idle guests every five seconds,
+//! and make an empty 1 GiB image 33 MiB large instead of 0.7 (`mke2fs -O has_journal`). Checksums of metadata are kept: they tell a broken overlay from a broken program.
 
 use std::fs::File;
 use std::path::Path;
@@ -51,12 +51,17 @@ pub(super) fn check_size(bytes: u64) -> Result<()> {
     Err(ImageError::Size { size: bytes, reason })
 }
 
-/// Writes a file system of `size` bytes with the content of `tree` to `image`, and syncs it.
+/// Writes a file system of `size` bytes with the content of `tree` to `image`.
 pub(super) fn make(tree: &Path, image: &Path, size: u64, summary: &Summary, recipe: &Digest) -> Result<()> {
     let uuid = uuid(recipe);
     let inodes = (size / BYTES_PER_INODE).max(summary.entries + summary.entries / 4 + 4096);
     File::create(image).and_then(|file| file.set_len(size)).map_err(ImageError::io("create", image))?;
-    let ended = Tool::new("mke2fs", "e2fsprogs")
+    // In a namespace of one user, what belongs to the caller is root's.
+    let mke2fs = match rustix::process::geteuid().is_root() {
+        true => Tool::new("mke2fs", "e2fsprogs"),
+        false => Tool::new("unshare", "util-linux").args(["--map-root-user", "--", "mke2fs"]),
+    };
+    let ended = mke2fs
         .args(["-q", "-F", "-t", "ext4", "-O", FEATURES, "-b", "4096", "-I", "256", "-m", "0", "-L", "forkd-root"])
         .args(["-N", &inodes.to_string(), "-U", &uuid])
         // Inode tables are zeroed now (a hole in the file), else every guest would do it.
@@ -68,7 +73,9 @@ pub(super) fn make(tree: &Path, image: &Path, size: u64, summary: &Summary, reci
         .run_lines(|_| {})?;
     if !ended.status.success() {
         let says = |word: &str| ended.tail.iter().any(|line| line.contains(word));
-        return Err(if says("No space left on device") {
+        return Err(if says("unshare failed") || says("uid_map") {
+            ImageError::NeedsRoot { action: "building a root disk", reason: ended.tail.join("; ") }
+        } else if says("No space left on device") {
             ImageError::no_space(image.parent().unwrap_or(image), Some(summary.bytes))
         } else if says("Could not allocate") {
             ImageError::TooSmall { size: ByteSize(size), needed: ByteSize(size + size / 4) }
@@ -76,6 +83,11 @@ pub(super) fn make(tree: &Path, image: &Path, size: u64, summary: &Summary, reci
             ended.error()
         });
     }
+    Ok(())
+}
+
+/// Flushes a finished image to disk.
+pub(super) fn sync(image: &Path) -> Result<()> {
     File::open(image).and_then(|file| file.sync_all()).map_err(ImageError::io("sync", image))
 }
 

@@ -7,7 +7,8 @@
 //!   dir:    the directory itself
 //! ```
 
-mod archive;
+pub(crate) mod archive;
+pub(crate) mod correction;
 pub(crate) mod debian;
 mod ext4;
 mod source;
@@ -94,27 +95,29 @@ pub fn build(
     let scratch = ScratchDir::new(&options.scratch_dir)?;
     // The image is made where it will stay, so that the last step is a rename.
     let nursery = ScratchDir::new(&disks)?;
-    let tree = match source {
-        RootDiskSource::Directory(path) => path.clone(),
+    let root = scratch.path().join("root");
+    let (tree, corrections) = match source {
+        RootDiskSource::Directory(path) => (path, None),
         RootDiskSource::Archive(path) => {
-            let root = scratch.path().join("root");
-            archive::unpack(path, &root, &mut scaled(progress, TREE_PART))?;
-            root
+            let corrections = archive::unpack(path, &root, &mut scaled(progress, TREE_PART))?;
+            (&root, Some(corrections))
         }
         RootDiskSource::Debian { suite, include } => {
-            let root = scratch.path().join("root");
             let bootstrap = debian::Bootstrap { suite, include, mirror: options.mirror.as_deref() };
-            bootstrap.run(&root, &mut scaled(progress, TREE_PART))?;
-            root
+            let corrections = bootstrap.run(&root, &mut scaled(progress, TREE_PART))?;
+            (&root, Some(corrections))
         }
     };
     progress(Progress { step: "measuring the tree", fraction: Some(TREE_PART) });
-    let summary = tree::inspect(&tree, tree::Depth::Names)?;
+    let (summary, of_tree) = tree::inspect(tree, tree::Depth::Names)?;
+    let corrections = corrections.unwrap_or(of_tree);
     let logical_bytes = disk_size(&summary, options.size)?;
     require_space(&disks, summary.bytes)?;
     progress(Progress { step: "writing the disk image", fraction: Some(TREE_PART + 0.02) });
     let image = nursery.path().join("disk.ext4");
-    ext4::make(&tree, &image, logical_bytes, &summary, &recipe_digest)?;
+    ext4::make(tree, &image, logical_bytes, &summary, &recipe_digest)?;
+    correction::apply(&corrections, &image, scratch.path())?;
+    ext4::sync(&image)?;
     fs::rename(&image, &path).map_err(ImageError::io("move into place as", &path))?;
     progress(Progress { step: "done", fraction: Some(1.0) });
     Ok(BuiltDisk { path, logical_bytes, recipe_digest, cached: false })
@@ -134,7 +137,8 @@ fn recipe(source: &RootDiskSource, options: &BuildOptions, progress: &mut dyn Fn
         }
         RootDiskSource::Directory(path) => {
             progress(Progress::step("reading the directory"));
-            let digest = tree::inspect(path, tree::Depth::Contents)?.digest.expect("contents were asked for");
+            let (summary, _) = tree::inspect(path, tree::Depth::Contents)?;
+            let digest = summary.digest.expect("contents were asked for");
             format!("directory {digest}")
         }
     };

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use blake3::Hasher;
 use forkd_types::Digest;
 
+use super::correction::{Correction, Corrections};
 use crate::{ImageError, Result};
 
 /// Blocks of the file system that the tree is going to.
@@ -35,12 +36,13 @@ pub(super) struct Summary {
     pub(super) digest: Option<Digest>,
 }
 
-/// Looks at the tree below `root`.
+/// Looks at the tree below `root`. An ordinary user also gets back the owners that whoever reads the
+/// tree in a namespace of that one user will not see.
 ///
 /// # Errors
 /// [`ImageError::Member`] for device nodes and for what is on another file system: neither belongs
 /// in a root disk.
-pub(super) fn inspect(root: &Path, depth: Depth) -> Result<Summary> {
+pub(super) fn inspect(root: &Path, depth: Depth) -> Result<(Summary, Corrections)> {
     let metadata = root.metadata().map_err(ImageError::io("read the directory", root))?;
     if !metadata.is_dir() {
         return Err(ImageError::io("read the directory", root)(io::Error::from(io::ErrorKind::NotADirectory)));
@@ -52,13 +54,15 @@ pub(super) fn inspect(root: &Path, depth: Depth) -> Result<Summary> {
         summary: Summary { bytes: 0, entries: 0, digest: None },
         hasher: Hasher::new(),
         linked: HashMap::new(),
+        caller: (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw()),
+        corrections: Corrections::default(),
     };
     walk.directory(root, &metadata)?;
-    let Walk { mut summary, hasher, .. } = walk;
+    let Walk { mut summary, hasher, corrections, .. } = walk;
     if depth == Depth::Contents {
         summary.digest = Some(Digest::from_bytes(*hasher.finalize().as_bytes()));
     }
-    Ok(summary)
+    Ok((summary, corrections))
 }
 
 struct Walk<'a> {
@@ -69,6 +73,9 @@ struct Walk<'a> {
     hasher: Hasher,
     /// Files with several names, by inode, with the first name met.
     linked: HashMap<u64, PathBuf>,
+    /// Who looks.
+    caller: (u32, u32),
+    corrections: Corrections,
 }
 
 impl Walk<'_> {
@@ -134,10 +141,16 @@ impl Walk<'_> {
     /// Counts an entry and takes in everything about it that the image will have.
     fn note(&mut self, path: &Path, metadata: &Metadata, kind: &[u8; 4], detail: &[u8]) -> Result<()> {
         self.summary.entries += 1;
+        let name = path.strip_prefix(self.root).unwrap_or(path);
+        let (uid, gid) = self.caller;
+        if uid != 0 && (metadata.uid(), metadata.gid()) != (uid, gid) {
+            let seen_as = |id, own| if id == own { 0 } else { id };
+            let (uid, gid) = (seen_as(metadata.uid(), uid), seen_as(metadata.gid(), gid));
+            self.corrections.note(name, Correction { uid, gid, mode: None, attributes: Vec::new() });
+        }
         if self.depth == Depth::Names {
             return Ok(());
         }
-        let name = path.strip_prefix(self.root).unwrap_or(path);
         self.hasher.update(kind);
         for number in [metadata.mode().into(), metadata.uid().into(), metadata.gid().into(), metadata.mtime() as u64] {
             self.hasher.update(&u64::to_le_bytes(number));
@@ -202,7 +215,7 @@ mod tests {
     }
 
     fn digest(dir: &tempfile::TempDir) -> Digest {
-        inspect(dir.path(), Depth::Contents).expect("sound").digest.expect("contents")
+        inspect(dir.path(), Depth::Contents).expect("sound").0.digest.expect("contents")
     }
 
     #[test]
@@ -216,7 +229,7 @@ mod tests {
         fs::remove_file(dir.path().join("c")).expect("remove");
         symlink("/etc/b", dir.path().join("c")).expect("symlink");
         assert_ne!(second, digest(&dir));
-        assert_eq!(inspect(dir.path(), Depth::Names).expect("sound").entries, 5);
+        assert_eq!(inspect(dir.path(), Depth::Names).expect("sound").0.entries, 5);
     }
 
     #[test]

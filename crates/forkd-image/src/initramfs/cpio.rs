@@ -113,6 +113,7 @@ mod tests {
     }
 
     #[test]
+    #[allow(clippy::print_stdout)]
     fn another_program_reads_it() {
         let mut reader =
             match Command::new("bsdtar").args(["-tvf", "-"]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn() {

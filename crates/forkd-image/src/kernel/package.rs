@@ -93,15 +93,23 @@ fn download(package: &str, dir: &Path, progress: &mut dyn FnMut(Progress<'_>)) -
 fn unpack_from_suite(wanted: Wanted<'_>, dir: &Path, progress: &mut dyn FnMut(Progress<'_>)) -> Result<PathBuf> {
     progress(Progress::step(&format!("fetching {} from Debian {SUITE}", wanted.package)));
     let root = dir.join("suite");
+    // An ordinary user gets an archive, for a directory would belong to users of the namespace.
+    let (mode, out) = match rustix::process::geteuid().is_root() {
+        true => ("--mode=root", root.clone()),
+        false => ("--mode=unshare", dir.join("suite.tar")),
+    };
     let ended = Tool::new("mmdebstrap", "mmdebstrap")
-        .args(["--variant=extract", "--architectures=amd64"])
+        .args([mode, "--variant=extract", "--architectures=amd64", "--skip=output/dev"])
         .arg(format!("--include={}", wanted.package))
         .arg(SUITE)
-        .arg(&root)
+        .arg(&out)
         .run_lines(|_| {})?;
     if !ended.status.success() {
         let action = format!("fetching {}", wanted.package);
         return Err(crate::disk::debian::explain(&ended, SUITE, dir, &action, None));
+    }
+    if out != root {
+        crate::disk::archive::unpack(&out, &root, progress)?;
     }
     Ok(root)
 }

@@ -2,7 +2,7 @@
 
 #![allow(dead_code, unreachable_pub, clippy::print_stdout, clippy::print_stderr)]
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use forkd_image::kernel::{self, Kernel, KernelChoice};
@@ -51,5 +51,19 @@ pub fn run(program: &str, arguments: &[&str]) -> String {
     let output = Command::new(program).args(arguments).env("PATH", path).output().expect(program);
     let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{program} {arguments:?}: {text}");
+    text
+}
+
+/// Runs a test of `program`, one that is ignored otherwise, in a process of its own under `wrapper`, with `first_in_path` before all other programs. Returns what it said; panics when it fails.
+pub fn run_apart(program: &Path, test: &str, wrapper: &[&str], first_in_path: Option<&Path>) -> String {
+    let program = program.display().to_string();
+    let command = [wrapper, &[&program, "--exact", test, "--ignored", "--nocapture"]].concat();
+    let mut path = std::env::var("PATH").unwrap_or_default();
+    if let Some(first) = first_in_path {
+        path = format!("{}:{path}", first.display());
+    }
+    let output = Command::new(command[0]).args(&command[1..]).env("PATH", path).output().expect("runs");
+    let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success() && text.contains("1 passed"), "{command:?}: {text}");
     text
 }

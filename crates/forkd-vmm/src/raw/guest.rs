@@ -41,9 +41,10 @@ const BEHIND_HALT: u64 = 7;
 const DISK_BYTES: u64 = 1 << 30;
 
 /// Any failure, in words.
-pub(super) type Failure = Box<dyn std::error::Error + Send + Sync>;
+pub type Failure = Box<dyn std::error::Error + Send + Sync>;
 
 /// What one machine needs that no other may have, besides its console.
+#[derive(Debug)]
 pub(super) struct Private {
     pub(super) vsock: OwnedFd,
     pub(super) overlay: File,

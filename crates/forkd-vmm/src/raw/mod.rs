@@ -8,3 +8,7 @@
 pub mod bench;
 mod drivers;
 mod guest;
+pub mod zygote;
+
+pub use guest::Failure;
+pub use zygote::{Copies, RawZygote, Size};

@@ -66,7 +66,7 @@ impl QuickstartArgs {
         let tag: Tag = TAG.parse().expect("the constant is a legal tag");
         let client = interrupts.guard(self.prepare(&tag, context)).await?;
         let request = self.options.request(&tag, self.n);
-        let step = context.progress.step(format!("Forking {} children", self.n));
+        let step = context.progress.step(format!("Forking n={}", self.n));
         let children =
             Children::spawn(&client, &request, &mut interrupts, &context.progress).await.map_err(spawn_error)?;
         step.done(format_args!("Forked {} of {}; every agent answered", children.report().sandboxes.len(), self.n));
@@ -95,33 +95,20 @@ impl QuickstartArgs {
         Ok(0)
     }
 
-    /// Says what will be installed, downloaded and built; asks unless told not to; installs.
-    async fn announce_work(&self, context: &Context) -> anyhow::Result<()> {
-        let step = context.progress.quick_step("Looking at this host");
-        let found = endpoint::find(&context.daemon, &context.data).await?;
-        let needs_machine = found.is_none() && !machine::probe().await.is_usable();
-        step.vanish();
-        let missing = missing_packages(needs_machine);
-        let mut work = Vec::new();
-        if !missing.is_empty() {
-            work.push(format!("install {} with apt-get", packages(&missing)));
-        }
-        work.extend(ingredients::work_ahead(&self.image, &context.data));
-        if !work.is_empty() && !self.yes {
-            confirm(&work)?;
-        }
-        if missing.is_empty() { Ok(()) } else { install(&missing, context).await }
-    }
-
     /// Everything up to a daemon that has the snapshot.
     async fn prepare(&self, tag: &Tag, context: &Context) -> anyhow::Result<Client> {
-        self.announce_work(context).await?;
+        // A daemon that has it needs no tools and no images on this host.
+        let running = endpoint::find(&context.daemon, &context.data).await?;
+        if let Some(endpoint) = &running
+            && status(&endpoint.client, tag).await? == Some(SnapshotStatus::Ready)
+        {
+            return Ok(reuse(endpoint.client.clone(), tag, context));
+        }
+        self.announce_work(running.is_none(), context).await?;
         let client = context.client().await?;
-        let snapshots = client.snapshots().await?;
-        let existing = snapshots.iter().find(|snapshot| snapshot.tag == *tag);
-        if existing.is_some_and(|snapshot| snapshot.status == SnapshotStatus::Ready) {
-            context.progress.say(format_args!("✓ Snapshot {tag} is there"));
-            return Ok(client);
+        let existing = status(&client, tag).await?;
+        if existing == Some(SnapshotStatus::Ready) {
+            return Ok(reuse(client, tag, context));
         }
         let plan = ingredients::Plan::new(&self.image, &[], None)?;
         let parts = plan.make(ingredients::default_kernel(), &context.data, &context.progress).await?;
@@ -138,6 +125,34 @@ impl QuickstartArgs {
         bake(&client, &parts, &recipe, progress).await?;
         Ok(client)
     }
+
+    /// Says what will be installed, downloaded and built; asks unless told not to; installs.
+    async fn announce_work(&self, starts_daemon: bool, context: &Context) -> anyhow::Result<()> {
+        let step = context.progress.quick_step("Looking at this host");
+        let needs_machine = starts_daemon && !machine::probe().await.is_usable();
+        step.vanish();
+        let missing = missing_packages(needs_machine);
+        let mut work = Vec::new();
+        if !missing.is_empty() {
+            work.push(format!("install {} with apt-get", packages(&missing)));
+        }
+        work.extend(ingredients::work_ahead(&self.image, &context.data));
+        if !work.is_empty() && !self.yes {
+            confirm(&work)?;
+        }
+        if missing.is_empty() { Ok(()) } else { install(&missing, context).await }
+    }
+}
+
+/// How the daemon's snapshot `tag` is; none when there is none.
+async fn status(client: &Client, tag: &Tag) -> anyhow::Result<Option<SnapshotStatus>> {
+    let snapshots = client.snapshots().await?;
+    Ok(snapshots.into_iter().find(|snapshot| snapshot.tag == *tag).map(|snapshot| snapshot.status))
+}
+
+fn reuse(client: Client, tag: &Tag, context: &Context) -> Client {
+    context.progress.say(format_args!("✓ Snapshot {tag} is there (`forkd rmi {tag}` to have it made anew)"));
+    client
 }
 
 fn packages(missing: &[Package]) -> String {

@@ -1,0 +1,192 @@
+//! Copies of the tiny guest on the real `/dev/kvm`, emulated or not: the monitor without Linux.
+//!
+//! Where there is no `/dev/kvm`, every test is counted as ignored and the reason is printed.
+
+use std::io::Read;
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use forkd_proto::monitor::{self, Command, Event, Role, StopReason};
+use forkd_vmm::raw::{Copies, RawZygote, Size};
+use libtest_mimic::{Arguments, Failed, Trial};
+
+const SIZE: Size = Size { memory_mib: 128, touched_mib: 16 };
+
+fn main() {
+    let arguments = Arguments::from_args();
+    let missing = std::fs::File::options().read(true).write(true).open("/dev/kvm").err();
+    if let Some(reason) = &missing {
+        println!("SKIPPED, every test of this file: cannot open /dev/kvm: {reason}");
+    }
+    let trials: [(&str, fn() -> Result<(), Failed>); 6] = [
+        ("every_copy_runs_and_stops_when_told", every_copy_runs_and_stops_when_told),
+        ("a_copy_owns_only_the_pages_it_wrote", a_copy_owns_only_the_pages_it_wrote),
+        ("a_copy_of_a_running_copy_runs_while_its_source_runs_on", a_copy_of_a_running_copy),
+        ("a_request_that_lacks_a_descriptor_changes_nothing", a_request_that_lacks_a_descriptor),
+        ("a_snapshot_that_cannot_be_written_fails_and_the_source_runs_on", a_snapshot_that_cannot_be_written),
+        ("memory_sizes_from_the_least_to_beyond_the_device_hole", memory_sizes),
+    ];
+    let trials = trials.map(|(name, run)| Trial::test(name, run).with_ignored_flag(missing.is_some()));
+    libtest_mimic::run(&arguments, trials.into()).exit();
+}
+
+fn zygote() -> Result<RawZygote, Failed> {
+    Ok(RawZygote::launch(&std::env::temp_dir(), SIZE)?)
+}
+
+/// `n` copies whose guests have all printed.
+fn running(zygote: &RawZygote, n: usize) -> Result<Copies, Failed> {
+    let mut copies = zygote.fork(zygote.prepare(n)?)?;
+    assert_eq!(copies.stages()?.len(), n);
+    let mut newlines = vec![0; n];
+    copies.console.read_exact(&mut newlines)?;
+    assert!(newlines.iter().all(|byte| *byte == b'\n'), "{newlines:?}");
+    Ok(copies)
+}
+
+fn ask(control: &UnixStream, command: &Command) -> Result<Event, Failed> {
+    monitor::send(control, command, &[])?;
+    Ok(monitor::receive(control)?.0)
+}
+
+fn private_pages(control: &UnixStream) -> Result<u64, Failed> {
+    match ask(control, &Command::Pages)? {
+        Event::Pages { private_count, .. } => Ok(private_count),
+        other => Err(format!("{other:?}").into()),
+    }
+}
+
+fn kill(control: &UnixStream) -> Result<(), Failed> {
+    let event = ask(control, &Command::Kill)?;
+    assert_eq!(event, Event::Stopped { reason: StopReason::Killed });
+    Ok(())
+}
+
+fn every_copy_runs_and_stops_when_told() -> Result<(), Failed> {
+    let zygote = zygote()?;
+    for n in [1, 20] {
+        let copies = running(&zygote, n)?;
+        copies.controls.iter().try_for_each(kill)?;
+    }
+    Ok(())
+}
+
+fn a_copy_owns_only_the_pages_it_wrote() -> Result<(), Failed> {
+    let copies = running(&zygote()?, 2)?;
+    for control in &copies.controls {
+        // The counter that the guest wrote, the generation id, what devices and boot wrote: a few of
+        // the 4096 pages that the snapshot stores.
+        let pages = private_pages(control)?;
+        assert!((1..=16).contains(&pages), "{pages} private pages");
+    }
+    Ok(())
+}
+
+/// What the request for one more copy carries, from a source that runs: an overlay for the copy and
+/// one for the source.
+struct Extra {
+    ours: UnixStream,
+    theirs: UnixStream,
+    vsock: std::os::unix::net::UnixListener,
+    console: std::io::PipeReader,
+    console_end: std::io::PipeWriter,
+    overlays: [std::fs::File; 2],
+}
+
+impl Extra {
+    fn new() -> Result<Self, Failed> {
+        use std::os::linux::net::SocketAddrExt;
+        static COUNTER: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
+        let number = COUNTER.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let name = format!("forkd-copies-{}-{number}", std::process::id());
+        let address = std::os::unix::net::SocketAddr::from_abstract_name(name)?;
+        let (ours, theirs) = UnixStream::pair()?;
+        ours.set_read_timeout(Some(Duration::from_secs(60)))?;
+        let (console, console_end) = std::io::pipe()?;
+        Ok(Self {
+            ours,
+            theirs,
+            vsock: std::os::unix::net::UnixListener::bind_addr(&address)?,
+            console,
+            console_end,
+            overlays: [tempfile::tempfile()?, tempfile::tempfile()?],
+        })
+    }
+
+    fn ask(&self, source: &UnixStream) -> Result<Event, Failed> {
+        use std::os::fd::AsFd;
+        let roles = [Role::Control, Role::VsockListener, Role::Console, Role::DiskOverlay, Role::DiskOverlay];
+        let command = Command::Fork { fds: roles.to_vec(), name: "branch".to_owned() };
+        let fds = [
+            self.theirs.as_fd(),
+            self.vsock.as_fd(),
+            self.console_end.as_fd(),
+            self.overlays[0].as_fd(),
+            self.overlays[1].as_fd(),
+        ];
+        monitor::send(source, &command, &fds)?;
+        Ok(monitor::receive(source)?.0)
+    }
+}
+
+fn a_copy_of_a_running_copy() -> Result<(), Failed> {
+    let copies = running(&zygote()?, 1)?;
+    let source = &copies.controls[0];
+    let mut generations = vec![source.try_clone()?];
+    let mut kept = Vec::new();
+    // A copy of a copy of a copy is a copy.
+    for _ in 0..3 {
+        let extra = Extra::new()?;
+        let event = extra.ask(generations.last().expect("there is a source"))?;
+        assert!(matches!(event, Event::Forked { pause_us: 1.., .. }), "{event:?}");
+        let running: Event = monitor::receive(&extra.ours)?.0;
+        assert!(matches!(running, Event::Running { .. }), "{running:?}");
+        generations.push(extra.ours.try_clone()?);
+        kept.push(extra);
+    }
+    for control in &generations {
+        assert!(private_pages(control)? >= 1, "it answers");
+    }
+    generations.iter().try_for_each(kill)?;
+    drop(kept.iter().map(|extra| &extra.console).collect::<Vec<_>>());
+    Ok(())
+}
+
+fn a_request_that_lacks_a_descriptor() -> Result<(), Failed> {
+    let copies = running(&zygote()?, 1)?;
+    let source = &copies.controls[0];
+    for roles in [vec![], vec![Role::Control]] {
+        let event = ask(source, &Command::Fork { fds: roles, name: "broken".to_owned() })?;
+        assert!(matches!(event, Event::Failed { .. }), "{event:?}");
+    }
+    assert!(private_pages(source)? >= 1, "it answers");
+    kill(source)
+}
+
+fn a_snapshot_that_cannot_be_written() -> Result<(), Failed> {
+    use std::os::fd::AsFd;
+    let copies = running(&zygote()?, 1)?;
+    let source = &copies.controls[0];
+    let (ours, theirs) = UnixStream::pair()?;
+    ours.set_read_timeout(Some(Duration::from_secs(60)))?;
+    // A directory in which nothing can be created, whoever asks.
+    let directory = std::fs::File::open("/proc/self")?;
+    let overlay = tempfile::tempfile()?;
+    let command = Command::Snapshot { fds: vec![Role::Control, Role::SnapshotDir, Role::DiskOverlay] };
+    monitor::send(source, &command, &[theirs.as_fd(), directory.as_fd(), overlay.as_fd()])?;
+    let event: Event = monitor::receive(source)?.0;
+    assert!(matches!(event, Event::Forked { .. }), "{event:?}");
+    let Event::Failed { error } = monitor::receive(&ours)?.0 else { return Err("it was written".into()) };
+    assert!(error.contains("memory.layer"), "{error}");
+    assert!(private_pages(source)? >= 1, "the source answers");
+    kill(source)
+}
+
+fn memory_sizes() -> Result<(), Failed> {
+    for memory_mib in [128, 4096] {
+        let zygote = RawZygote::launch(&std::env::temp_dir(), Size { memory_mib, touched_mib: 8 })?;
+        let copies = running(&zygote, 2)?;
+        copies.controls.iter().try_for_each(kill)?;
+    }
+    Ok(())
+}
