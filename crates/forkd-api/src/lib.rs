@@ -4,7 +4,7 @@
 //!
 //! | module | owns |
 //! |---|---|
-//! | [`router`] | which route is answered by which handler, and what wraps them all |
+//! | [`mod@router`] | which route is answered by which handler, and what wraps them all |
 //! | `error` | every error's status code and JSON body |
 //! | `extract` | bodies, queries and path segments, with errors in the same JSON form |
 //! | [`auth`] | the bearer token |

@@ -3,9 +3,9 @@
 //! In this order:
 //!
 //! 1. the address given by `--daemon-url` or `FORKD_URL`;
-//! 2. the unix socket of this user's daemon, then of the system's, if it answers;
-//! 3. a daemon on the usual TCP port, if it answers and lets us in;
-//! 4. `forkd machine`, if it runs;
+//! 2. the unix socket of this user's daemon, if it answers;
+//! 3. this user's `forkd machine`, if it runs;
+//! 4. the system's daemon, on its unix socket or the usual TCP port, if it answers and lets us in;
 //! 5. where guest code runs at hardware speed under `/dev/kvm`: a local daemon, started now;
 //! 6. else `forkd machine`, started now, and the daemon inside it.
 //!
@@ -55,12 +55,18 @@ pub(crate) async fn find(choice: &DaemonChoice, data: &DataDir) -> anyhow::Resul
     if let Some(url) = &choice.url {
         return given(url, choice.token.clone()).await.map(Some);
     }
-    for address in [Address::Unix(data.daemon_socket()), Address::Unix(SYSTEM_SOCKET.into()), Address::usual()] {
-        if let Some(endpoint) = answering(address, choice, Place::Local).await? {
+    if let Some(endpoint) = answering(Address::Unix(data.daemon_socket()), choice).await? {
+        return Ok(Some(endpoint));
+    }
+    if let Some(access) = machine::running(data).await {
+        return Ok(Some(in_machine(access)));
+    }
+    for address in [Address::Unix(SYSTEM_SOCKET.into()), Address::usual()] {
+        if let Some(endpoint) = answering(address, choice).await? {
             return Ok(Some(endpoint));
         }
     }
-    Ok(machine::running(data).await.map(in_machine))
+    Ok(None)
 }
 
 /// Finds a daemon that runs, or starts one.
@@ -98,13 +104,13 @@ async fn given(url: &str, token: Option<String>) -> anyhow::Result<Endpoint> {
     }
 }
 
-/// The daemon at `address` if it answers and accepts us. A daemon that is there but broken is an
-/// error only on the local socket, where nobody else can be meant.
-async fn answering(address: Address, choice: &DaemonChoice, place: Place) -> anyhow::Result<Option<Endpoint>> {
+/// The daemon of this host at `address` if it answers and accepts us. One that is there but hangs is
+/// an error only on a unix socket, where nobody else can be meant.
+async fn answering(address: Address, choice: &DaemonChoice) -> anyhow::Result<Option<Endpoint>> {
     let ours = address.is_unix();
     let client = Client::new(address, choice.token.clone());
     match client.probe().await {
-        Ok(_) => Ok(Some(Endpoint { client, place })),
+        Ok(_) => Ok(Some(Endpoint { client, place: Place::Local })),
         Err(error @ ClientError::Silent { .. }) if ours => {
             Err(advised(error, "forkd doctor   (the daemon hangs; its log is daemon.log in `forkd where`)"))
         }

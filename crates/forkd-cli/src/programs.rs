@@ -8,14 +8,11 @@ use crate::failure::advised;
 /// Where a package puts the companions when they are not beside `forkd`.
 const LIBRARY_DIRECTORIES: [&str; 2] = ["/usr/libexec/forkd", "/usr/local/libexec/forkd"];
 
-/// One of forkd's own programs: beside this one (or in the directory of the agent's build profile
-/// next to it), in the package's library directory, or in `PATH`.
+/// One of forkd's own programs: beside this one, in the package's library directory, or in `PATH`.
 pub(crate) fn companion(name: &str) -> anyhow::Result<PathBuf> {
     let own = std::env::current_exe()?;
     let beside = own.parent().unwrap_or(Path::new("/"));
-    let parent = beside.parent().unwrap_or(Path::new("/"));
-    // Cargo keeps each profile's programs in a directory of its own, and the agent has its own profile.
-    let mut places = vec![parent.join("agent"), beside.to_owned()];
+    let mut places = vec![beside.to_owned()];
     places.extend(LIBRARY_DIRECTORIES.map(PathBuf::from));
     places.iter().map(|place| place.join(name)).find(|path| is_program(path)).or_else(|| in_path(name)).ok_or_else(
         || {

@@ -29,8 +29,8 @@ pub struct VcpuState {
     pub sregs: kvm_sregs,
     /// Floating-point and vector registers: the 1024 words of the XSAVE area.
     pub xsave: Vec<u32>,
-    /// Extended control registers.
-    pub xcrs: kvm_xcrs,
+    /// Extended control registers; absent on a processor without XSAVE.
+    pub xcrs: Option<kvm_xcrs>,
     /// Debug registers.
     pub debug_regs: kvm_debugregs,
     /// Local APIC.
@@ -114,7 +114,7 @@ impl Vcpu {
             regs: self.regs()?,
             sregs: self.sregs()?,
             xsave: self.fd.get_xsave().map_err(failed("KVM_GET_XSAVE"))?.region.to_vec(),
-            xcrs: self.fd.get_xcrs().map_err(failed("KVM_GET_XCRS"))?,
+            xcrs: kvm.xcrs.then(|| self.fd.get_xcrs()).transpose().map_err(failed("KVM_GET_XCRS"))?,
             debug_regs: self.fd.get_debug_regs().map_err(failed("KVM_GET_DEBUGREGS"))?,
             lapic: self.fd.get_lapic().map_err(failed("KVM_GET_LAPIC"))?,
             msrs: self.read_msrs(&kvm.msr_indices)?,
@@ -133,7 +133,9 @@ impl Vcpu {
         let xsave = kvm_xsave { region: xsave_area(&state.xsave)?, ..Default::default() };
         // SAFETY: AMX is masked from every guest's CPUID, so the state fits the 4 KiB area.
         unsafe { self.fd.set_xsave(&xsave) }.map_err(failed("KVM_SET_XSAVE"))?;
-        self.fd.set_xcrs(&state.xcrs).map_err(failed("KVM_SET_XCRS"))?;
+        if let Some(xcrs) = &state.xcrs {
+            self.fd.set_xcrs(xcrs).map_err(failed("KVM_SET_XCRS"))?;
+        }
         self.fd.set_debug_regs(&state.debug_regs).map_err(failed("KVM_SET_DEBUGREGS"))?;
         self.fd.set_lapic(&state.lapic).map_err(failed("KVM_SET_LAPIC"))?;
         self.write_msrs(&state.msrs)?;

@@ -17,6 +17,8 @@ pub struct Kvm {
     /// Registers that make up a vCPU's state, in the order in which they must be restored.
     pub(crate) msr_indices: Vec<u32>,
     tsc_deadline: bool,
+    /// Whether guests have XSAVE and with it extended control registers.
+    pub(crate) xcrs: bool,
 }
 
 impl Kvm {
@@ -53,7 +55,8 @@ impl Kvm {
         let all = fd.get_msr_index_list().map_err(failed("KVM_GET_MSR_INDEX_LIST"))?;
         let msr_indices = crate::state::restore_order(all.as_slice());
         let tsc_deadline = fd.check_extension(Cap::TscDeadlineTimer);
-        Ok(Self { fd, run_bytes, supported_cpuid, msr_indices, tsc_deadline })
+        let xcrs = fd.check_extension(Cap::Xcrs);
+        Ok(Self { fd, run_bytes, supported_cpuid, msr_indices, tsc_deadline, xcrs })
     }
 
     /// CPUID leaves that this host's KVM can give a guest.

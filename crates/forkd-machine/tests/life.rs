@@ -16,12 +16,14 @@ use forkd_types::ByteSize;
 use libtest_mimic::{Arguments, Failed, Trial};
 
 type Outcome = Result<(), Failed>;
+/// Parts are plain functions, so that they can be listed.
+type Part = fn() -> Outcome;
 
 fn main() {
     let mut arguments = Arguments::from_args();
     arguments.test_threads = Some(1);
     let missing = missing_tools();
-    let parts: [(&str, fn() -> Outcome); 9] = [
+    let parts: [(&str, Part); 9] = [
         ("comes_up_with_hardware_like_kvm_inside", comes_up_with_hardware_like_kvm_inside),
         ("carries_streams_codes_and_refusals", carries_streams_codes_and_refusals),
         ("a_megabyte_a_frame_at_a_time_comes_through_whole", a_megabyte_a_frame_at_a_time_comes_through_whole),

@@ -233,14 +233,10 @@ impl Bake {
             Role::VsockListener,
             files.listen(&vsock).map_err(NodeError::io(format!("listen on {}", vsock.display())))?,
         );
-        let own = "forkd.root=/dev/vda forkd.rootfstype=ext4";
         let action = LaunchAction::Boot(BootConfig {
             vcpus: self.request.vcpus as u8,
             memory_bytes: self.request.memory_mib << 20,
-            kernel_args: match &self.request.kernel_args {
-                Some(more) => format!("{own} {more}"),
-                None => own.to_owned(),
-            },
+            kernel_args: self.request.kernel_args.clone().unwrap_or_default(),
             mac: None,
             disks: vec![self.disk.1.size],
             guest_cid: GUEST_CID,

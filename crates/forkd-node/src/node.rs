@@ -26,7 +26,7 @@ use crate::error::{NodeError, NodeResult};
 use crate::guest::{GuestConnection, GuestError, is_not_found};
 use crate::host::{Host, blocking};
 use crate::run_files::RunFiles;
-use crate::sandbox::{Roster, Sandbox};
+use crate::sandbox::{Roster, Sandbox, clear};
 use crate::snapshots::{self, Removal, SnapshotDetail, VerifyProgress};
 use crate::zygotes::Zygotes;
 use crate::{adoption, console, cpu, memory, spawn};
@@ -83,12 +83,14 @@ impl Node {
 
     /// Ends every sandbox and waits until the monitors have ended.
     pub async fn kill_all(&self) {
-        let running: Vec<_> = self.roster.all().iter().filter_map(|sandbox| sandbox.running().ok()).collect();
         for sandbox in self.roster.all() {
-            let _ = self.roster.remove(&sandbox.id);
-        }
-        for sandbox in running {
-            sandbox.process.exited().await;
+            let running = sandbox.running();
+            if self.roster.remove(&sandbox.id).is_ok()
+                && let Ok(running) = running
+            {
+                running.process.exited().await;
+                clear(&self.host, &sandbox.id);
+            }
         }
     }
 

@@ -113,6 +113,16 @@ fn parse_start_time(stat: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn any_text_is_parsed_without_panic_and_names_never_mislead(name in "\\PC{0,15}", started: u64) {
+            let stat = format!("7 ({name}) S 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 {started} 20");
+            prop_assert_eq!(parse_start_time(&stat), Some(started));
+            let _ = parse_start_time(&name);
+        }
+    }
 
     #[test]
     fn the_start_time_is_found_behind_any_name() {

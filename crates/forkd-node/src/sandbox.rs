@@ -240,7 +240,11 @@ impl Roster {
         let removed = self.sandboxes.write().unwrap_or_else(PoisonError::into_inner).remove(id);
         let sandbox = removed.ok_or_else(|| NodeError::SandboxNotFound { id: id.clone() })?;
         match sandbox.running() {
-            Ok(running) => running.process.kill(),
+            Ok(running) => {
+                running.process.kill();
+                // At once, so that a restart meanwhile does not list it as one that ended by itself.
+                self.host.database.forget(vec![id.clone()]);
+            }
             Err(_) => clear(&self.host, id),
         }
         Ok(())

@@ -4,6 +4,7 @@
 
 mod support;
 
+use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -12,6 +13,8 @@ use forkd_store::{Listed, Store, StoreError};
 use support::{layer_digest, leftovers, publish, staged, tag};
 
 const ROUNDS: u32 = 60;
+/// What the writer says when it has the store.
+const OPEN: &str = "the writer has the store open";
 const ROOT: &str = "FORKD_STORE_CRASH_TEST_ROOT";
 
 /// The part of the killed process. Writes, replaces and removes until it is killed.
@@ -20,6 +23,7 @@ const ROOT: &str = "FORKD_STORE_CRASH_TEST_ROOT";
 fn writer() {
     let root = std::env::var_os(ROOT).expect("set by the test that runs this");
     let store = Store::open(Path::new(&root)).expect("open");
+    println!("{OPEN}");
     for round in 0u64.. {
         let content = [round.to_le_bytes().as_slice(), &[round as u8; 20_000]].concat();
         let (one, meta) = staged(&store, "replaced", &content);
@@ -42,14 +46,18 @@ fn a_killed_writer_leaves_snapshots_whole_or_absent() {
     let started = Instant::now();
     for round in 0..ROUNDS {
         let mut child = Command::new(std::env::current_exe().expect("own path"))
-            .args(["--exact", "writer", "--ignored", "--quiet"])
+            .args(["--exact", "writer", "--ignored", "--nocapture"])
             .env(ROOT, &root)
-            .stdout(Stdio::null())
+            .stdout(Stdio::piped())
             .stderr(Stdio::null())
             .spawn()
             .expect("spawn");
-        // From before it has opened the store to well within its loop, spread by a fixed stride.
-        std::thread::sleep(Duration::from_micros(5_000 + u64::from(round) * 7_919 % 60_000));
+        // Every tenth time from its very beginning, else from within its loop; spread by a fixed stride.
+        let output = BufReader::new(child.stdout.take().expect("piped"));
+        if round % 10 != 0 {
+            assert!(output.lines().map_while(Result::ok).any(|line| line.contains(OPEN)), "the writer never began");
+        }
+        std::thread::sleep(Duration::from_micros(u64::from(round) * 7_919 % 60_000));
         child.kill().expect("kill");
         child.wait().expect("wait");
 

@@ -63,6 +63,17 @@ impl<'a> Sandbox<'a> {
         }
     }
 
+    /// Waits until its machine has ended by itself and returns the reason that is given.
+    pub fn wait_for_end(&self) -> Result<String> {
+        let mut reason = None;
+        self.host.wait_until(&format!("{} has ended", self.id()), || {
+            let all = self.host.sandboxes()?;
+            reason = all.into_iter().find(|info| info.id == *self.id()).and_then(|info| info.stopped);
+            Ok(reason.is_some())
+        })?;
+        Ok(reason.unwrap_or_default())
+    }
+
     /// Kills it now and says how that went.
     pub fn kill(&self) -> Result<Output> {
         self.host.forkd(&["kill", self.id().as_str()])
