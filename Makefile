@@ -39,7 +39,7 @@ unit:
 # Tests on real virtual machines, with the programs of `make build`; inside `forkd machine` where
 # this host's KVM cannot run Linux.
 vm:
-	FORKD_BIN_DIR=$(CURDIR)/$(BIN) cargo test --locked --package forkd-testkit
+	RUST_BACKTRACE=0 FORKD_BIN_DIR=$(CURDIR)/$(BIN) cargo test --locked --package forkd-testkit -- --test-threads=2
 
 fuzz:
 	@scripts/fuzz 20

@@ -37,7 +37,7 @@ const FORBIDDEN: [(&str, &[&str]); 10] = [
     ("forkd-store", &["forkd-kvm", "kvm-ioctls", "kvm-bindings", "axum", "hyper"]),
     ("forkd-devices", &["forkd-kvm", "kvm-ioctls", "kvm-bindings", "forkd-store", "tokio"]),
     ("forkd-vmm", &["tokio", "axum", "hyper", "forkd-store"]),
-    ("forkd-node", &["axum", "hyper", "forkd-vmm", "forkd-kvm", "forkd-memory", "forkd-devices"]),
+    ("forkd-node", &["axum", "hyper", "forkd-vmm", "forkd-kvm", "forkd-devices"]),
     ("forkd-api", &["forkd-vmm", "forkd-kvm", "forkd-devices"]),
     ("forkd-agent", &["forkd-kvm", "forkd-memory", "forkd-store", "forkd-devices", "forkd-vmm", "forkd-node"]),
 ];

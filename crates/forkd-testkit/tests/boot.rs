@@ -7,8 +7,8 @@ use forkd_testkit::{Host, Snapshot};
 fn baked(tag: &str, options: &[&str], ask: impl Fn(&forkd_testkit::Sandbox<'_>) -> Result<()>) -> Result<()> {
     let host = Host::shared()?;
     host.numpy()?;
-    host.forkd(&["rmi", tag])?;
-    let snapshot: Snapshot = host.bake(tag, options)?;
+    let options: Vec<&str> = [&["--replace"], options].concat();
+    let snapshot: Snapshot = host.bake(tag, &options)?;
     let outcome = host.spawn_one(&snapshot).and_then(|sandbox| ask(&sandbox));
     host.forkd(&["rmi", tag])?.success()?;
     outcome

@@ -26,7 +26,7 @@ impl LsArgs {
             context.progress.say("no sandboxes; `forkd spawn --tag TAG` makes some");
             return Ok(0);
         }
-        let mut table = output::table(&["ID", "SNAPSHOT", "PID", "NETNS", "BRANCHES", "GUEST_ADDR", "CREATED"]);
+        let mut table = output::table(&["ID", "SNAPSHOT", "PID", "NETNS", "BRANCHES", "GUEST_ADDR", "CREATED", "STATUS"]);
         for sandbox in &sandboxes {
             table.add_row([
                 sandbox.id.to_string(),
@@ -36,10 +36,12 @@ impl LsArgs {
                 sandbox.branch_count.to_string(),
                 sandbox.guest_addr.clone(),
                 units::age(sandbox.created_at_unix),
+                sandbox.stopped.clone().unwrap_or_else(|| "running".to_owned()),
             ]);
         }
         output::print_table(&mut table)?;
-        output::line(format_args!("{} running", sandboxes.len()))?;
+        let running = sandboxes.iter().filter(|sandbox| sandbox.stopped.is_none()).count();
+        output::line(format_args!("{running} running, {} ended", sandboxes.len() - running))?;
         Ok(0)
     }
 }

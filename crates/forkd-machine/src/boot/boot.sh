@@ -75,7 +75,8 @@ keep_controller_running() {
     setsid /bin/sh -c '
         while :; do
             /forkd/bin/forkd-controller serve --bind 0.0.0.0:8889 --token-file /run/forkd/config/api-token \
-                --state-dir /var/lib/forkd/state --socket /run/forkd/forkd.sock
+                --state-dir /var/lib/forkd/state --socket /run/forkd/forkd.sock \
+                --child-deadline 300
             echo "forkd-machine: forkd-controller ended with code $?; starting it again in a second"
             sleep 1
         done' >> /var/lib/forkd/controller.log 2>&1 < /dev/null &
