@@ -1,7 +1,7 @@
 //! The devices a guest sees; every guest-fed parser is small, pure and fuzzed.
 //!
 //! virtio devices sit behind [`mmio::MmioTransport`] and work synchronously on the VMM's event-loop
-//! thread; the port devices ([`serial`], [`panic`]) answer on vCPU threads. Nothing here knows KVM:
+//! thread; the port devices ([`serial`], [`mod@panic`]) answer on vCPU threads. Nothing here knows KVM:
 //! interrupts leave through [`InterruptLine`], freed memory through [`balloon::PageRelease`].
 //!
 //! Every virtio device is a folder with the same files: `device.rs` (the device), `state.rs` (what

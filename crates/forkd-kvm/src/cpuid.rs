@@ -115,5 +115,6 @@ const FEATURE_WORDS: [(u32, u32, char, u32); 9] = [
 
 /// Wraps entries in KVM's own container.
 pub(crate) fn container(entries: &[kvm_cpuid_entry2]) -> Result<CpuId, KvmError> {
-    CpuId::from_entries(entries).map_err(|_| KvmError::Incompatible(format!("{} CPUID entries are too many", entries.len())))
+    CpuId::from_entries(entries)
+        .map_err(|_| KvmError::Incompatible(format!("{} CPUID entries are too many", entries.len())))
 }

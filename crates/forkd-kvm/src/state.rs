@@ -156,7 +156,9 @@ impl Vcpu {
             return Ok(());
         }
         self.fd.set_tsc_khz(khz).map_err(|_| {
-            KvmError::Incompatible(format!("its time-stamp counter runs at {khz} kHz, this host's at {host} kHz, and the processor cannot scale it"))
+            KvmError::Incompatible(format!(
+                "its time-stamp counter runs at {khz} kHz, this host's at {host} kHz, and the processor cannot scale it"
+            ))
         })
     }
 
@@ -165,11 +167,8 @@ impl Vcpu {
         let mut values = Vec::with_capacity(indices.len());
         let mut rest = indices;
         while !rest.is_empty() {
-            let wanted: Vec<_> = rest
-                .iter()
-                .take(MSR_BATCH)
-                .map(|&index| kvm_msr_entry { index, ..Default::default() })
-                .collect();
+            let wanted: Vec<_> =
+                rest.iter().take(MSR_BATCH).map(|&index| kvm_msr_entry { index, ..Default::default() }).collect();
             let mut msrs = Msrs::from_entries(&wanted).expect("a batch is within the limit");
             let read = self.fd.get_msrs(&mut msrs).map_err(failed("KVM_GET_MSRS"))?;
             values.extend_from_slice(&msrs.as_slice()[..read]);
@@ -211,9 +210,8 @@ impl VcpuState {
         let fresh = Vcpu::new(kvm, vm, index)?;
         fresh.set_cpuid(&self.cpuid)?;
         let defaults = fresh.read_msrs(&kvm.msr_indices)?;
-        self.msrs.retain(|msr| {
-            msr.index == MSR_TSC || !defaults.iter().any(|d| d.index == msr.index && d.data == msr.data)
-        });
+        self.msrs
+            .retain(|msr| msr.index == MSR_TSC || !defaults.iter().any(|d| d.index == msr.index && d.data == msr.data));
         Ok(())
     }
 
@@ -229,6 +227,9 @@ mod tests {
 
     #[test]
     fn the_counter_is_restored_first_and_its_deadline_last() {
-        assert_eq!(restore_order(&[0x174, MSR_TSC_DEADLINE, MSR_TSC, 0x175]), [MSR_TSC, 0x174, 0x175, MSR_TSC_DEADLINE]);
+        assert_eq!(
+            restore_order(&[0x174, MSR_TSC_DEADLINE, MSR_TSC, 0x175]),
+            [MSR_TSC, 0x174, 0x175, MSR_TSC_DEADLINE]
+        );
     }
 }

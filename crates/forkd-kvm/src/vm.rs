@@ -58,11 +58,8 @@ impl Vm {
         }
         let with_memory = Instant::now();
         fd.create_irq_chip().map_err(failed("KVM_CREATE_IRQCHIP"))?;
-        let times = SetupTimes {
-            create: created - start,
-            memory: with_memory - created,
-            irqchip: with_memory.elapsed(),
-        };
+        let times =
+            SetupTimes { create: created - start, memory: with_memory - created, irqchip: with_memory.elapsed() };
         Ok((Self { fd: Arc::new(fd), _memory: memory.clone() }, times))
     }
 

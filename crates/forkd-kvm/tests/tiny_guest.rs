@@ -2,6 +2,7 @@
 //!
 //! Where there is no `/dev/kvm`, every test is counted as ignored and the reason is printed.
 
+use std::io::Write;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -16,13 +17,15 @@ const COUNTER: [u8; 12] = [0xa0, 0x00, 0x30, 0xfe, 0xc0, 0xa2, 0x00, 0x30, 0xe6,
 /// For ever: nothing.
 const SPIN: [u8; 2] = [0xeb, 0xfe];
 
+type Test = fn() -> Result<(), Failed>;
+
 fn main() {
     let arguments = Arguments::from_args();
     let missing = Kvm::open().err();
     if let Some(reason) = &missing {
-        println!("SKIPPED, every test of this file: {reason}");
+        let _ = writeln!(std::io::stderr(), "SKIPPED, every test of this file: {reason}");
     }
-    let trials: [(&str, fn() -> Result<(), Failed>); 4] = [
+    let trials: [(&str, Test); 4] = [
         ("a_saved_vcpu_goes_on_in_a_second_machine", a_saved_vcpu_goes_on_in_a_second_machine),
         ("a_kick_gets_a_spinning_guest_out", a_kick_gets_a_spinning_guest_out),
         ("a_kick_before_entry_is_not_lost", a_kick_before_entry_is_not_lost),

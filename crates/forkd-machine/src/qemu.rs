@@ -28,8 +28,7 @@ use crate::qmp::Qmp;
 /// SVM gives it a `/dev/kvm` of its own. XSAVE and what builds on it are left out: the emulated SVM
 /// does not intercept XSETBV, so KVM inside would not learn which vector registers its guests use and
 /// would not save them. The others are known to be slow or missing under translation.
-const TRANSLATED_CPU: &str =
-    "EPYC,+svm,+npt,-rdseed,-sha-ni,-xsave,-xsavec,-xsaveopt,-xgetbv1,-avx,-avx2,-f16c,-fma";
+const TRANSLATED_CPU: &str = "EPYC,+svm,+npt,-rdseed,-sha-ni,-xsave,-xsavec,-xsaveopt,-xgetbv1,-avx,-avx2,-f16c,-fma";
 
 /// The port of the machine's agent, as seen inside.
 const AGENT_PORT: u32 = forkd_proto::agent::AGENT_PORT;

@@ -315,10 +315,7 @@ impl Layer {
         if found == self.data_digest {
             return Ok(());
         }
-        Err(LayerError::Contents {
-            found: Digest::from_bytes(found),
-            recorded: Digest::from_bytes(self.data_digest),
-        })
+        Err(LayerError::Contents { found: Digest::from_bytes(found), recorded: Digest::from_bytes(self.data_digest) })
     }
 }
 

@@ -67,9 +67,12 @@ impl MemoryLayout {
     pub fn regions(self) -> impl Iterator<Item = Region> {
         let low = self.bytes.min(HOLE_START);
         let high = self.bytes - low;
-        [Region { guest_address: 0, offset: 0, bytes: low }, Region { guest_address: HOLE_END, offset: low, bytes: high }]
-            .into_iter()
-            .filter(|region| region.bytes > 0)
+        [
+            Region { guest_address: 0, offset: 0, bytes: low },
+            Region { guest_address: HOLE_END, offset: low, bytes: high },
+        ]
+        .into_iter()
+        .filter(|region| region.bytes > 0)
     }
 
     /// Offset in the host mapping of the range at `guest_address`, if all of it is RAM and lies in

@@ -69,7 +69,9 @@ pub enum RamError {
         source: io::Error,
     },
     /// Too few free pages in the reserved pool.
-    #[error("{needed} free 2 MiB pages are needed and {free} are reserved and free; reserve more with `sysctl vm.nr_hugepages={needed}`")]
+    #[error(
+        "{needed} free 2 MiB pages are needed and {free} are reserved and free; reserve more with `sysctl vm.nr_hugepages={needed}`"
+    )]
     PoolTooSmall {
         /// Pages that this guest needs.
         needed: u64,
@@ -149,8 +151,8 @@ impl GuestRam {
             .expect("a page-aligned range of a live mapping");
             GuestRegionMmap::new(mapping, GuestAddress(region.guest_address)).expect("regions end below 2⁶⁴")
         });
-        let memory =
-            GuestRegionCollection::from_regions(regions.collect()).expect("the layout's regions ascend and are disjoint");
+        let memory = GuestRegionCollection::from_regions(regions.collect())
+            .expect("the layout's regions ascend and are disjoint");
         Ok(Self { layout, base, memory, stored })
     }
 
@@ -342,9 +344,8 @@ fn copy_runs(base: NonNull<u8>, layer: &Layer, runs: &[PageRun]) -> Result<(), R
     for run in runs {
         // SAFETY: the run lies within the mapping at `base`, which is being set up: no other
         // reference to it exists.
-        let target = unsafe {
-            std::slice::from_raw_parts_mut(base.as_ptr().add(run.offset() as usize), run.bytes() as usize)
-        };
+        let target =
+            unsafe { std::slice::from_raw_parts_mut(base.as_ptr().add(run.offset() as usize), run.bytes() as usize) };
         layer
             .file()
             .read_exact_at(target, DATA_OFFSET + run.offset())

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -22,7 +22,8 @@ const NUMPY_TAG: &str = "testkit-numpy";
 pub struct Host {
     forkd: PathBuf,
     data: PathBuf,
-    numpy: OnceLock<std::result::Result<Snapshot, String>>,
+    numpy: OnceLock<Snapshot>,
+    baking: Mutex<()>,
 }
 
 /// A snapshot to spawn from.
@@ -54,7 +55,7 @@ impl Host {
         }
         let data = workspace.join("target/testkit");
         std::fs::create_dir_all(&data)?;
-        Ok(Self { forkd, data, numpy: OnceLock::new() })
+        Ok(Self { forkd, data, numpy: OnceLock::new(), baking: Mutex::new(()) })
     }
 
     /// The directory of the programs under test.
@@ -79,8 +80,14 @@ impl Host {
 
     /// Runs `forkd` and collects what it says.
     pub fn forkd(&self, arguments: &[&str]) -> Result<Output> {
-        let output = self.command(arguments).output().with_context(|| format!("cannot run {}", self.forkd.display()))?;
-        Ok(Output::new(format!("forkd {}", arguments.join(" ")), output.status, output.stdout, output.stderr))
+        let command = format!("forkd {}", arguments.join(" "));
+        let child = self
+            .command(arguments)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("cannot run {}", self.forkd.display()))?;
+        crate::patience::output(child, command)
     }
 
     /// Runs a program on the host of the daemon: in the machine if there is one, else here.
@@ -102,10 +109,12 @@ impl Host {
 
     /// The snapshot with numpy imported, made on first use.
     pub fn numpy(&self) -> Result<&Snapshot> {
-        self.numpy
-            .get_or_init(|| self.bake_numpy().map_err(|error| format!("{error:#}")))
-            .as_ref()
-            .map_err(|error| anyhow::anyhow!("the snapshot all tests use could not be made: {error}"))
+        let _one_at_a_time = self.baking.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(snapshot) = self.numpy.get() {
+            return Ok(snapshot);
+        }
+        let snapshot = self.bake_numpy().context("the snapshot all tests use could not be made")?;
+        Ok(self.numpy.get_or_init(|| snapshot))
     }
 
     fn bake_numpy(&self) -> Result<Snapshot> {
@@ -141,9 +150,8 @@ impl Host {
 
     /// Forks `n` children, all of which must come up.
     pub fn spawn(&self, snapshot: &Snapshot, n: u32) -> Result<Vec<Sandbox<'_>>> {
-        let report: SpawnReport = self
-            .forkd(&["spawn", "--tag", &snapshot.tag, "-n", &n.to_string(), "--json"])?
-            .json()?;
+        let report: SpawnReport =
+            self.forkd(&["spawn", "--tag", &snapshot.tag, "-n", &n.to_string(), "--json"])?.json()?;
         let sandboxes: Vec<_> = report.sandboxes.into_iter().map(|info| Sandbox::new(self, info)).collect();
         if sandboxes.len() != n as usize {
             bail!("{} of {n} children came up; failures: {:?}", sandboxes.len(), report.failures);

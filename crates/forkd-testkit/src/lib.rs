@@ -16,8 +16,10 @@
 
 mod host;
 mod output;
+mod patience;
 mod sandbox;
 
 pub use host::{Host, Snapshot};
 pub use output::{Output, Said};
+pub use patience::{finish, on_real_guests};
 pub use sandbox::Sandbox;

@@ -27,7 +27,13 @@ impl Output {
     /// Standard output of a command that must have succeeded.
     pub fn success(self) -> Result<String> {
         if self.code != 0 {
-            bail!("`{}` ended with {}\n--- stdout\n{}\n--- stderr\n{}", self.command, self.code, self.stdout, self.stderr);
+            bail!(
+                "`{}` ended with {}\n--- stdout\n{}\n--- stderr\n{}",
+                self.command,
+                self.code,
+                self.stdout,
+                self.stderr
+            );
         }
         Ok(self.stdout)
     }

@@ -81,8 +81,9 @@ mod tests {
 
     #[test]
     fn roles_are_taken_in_order_and_what_is_missing_is_named() {
-        let mut carried = Carried::new(&[Role::DiskOverlay, Role::Control, Role::DiskOverlay], vec![null(), null(), null()])
-            .expect("as many as named");
+        let mut carried =
+            Carried::new(&[Role::DiskOverlay, Role::Control, Role::DiskOverlay], vec![null(), null(), null()])
+                .expect("as many as named");
         assert_eq!(carried.files(Role::DiskOverlay, 2).expect("two").len(), 2);
         assert!(carried.require(Role::Control).is_ok());
         assert!(matches!(carried.require(Role::Control), Err(CarriedError::Missing(Role::Control))));

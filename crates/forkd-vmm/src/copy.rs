@@ -68,11 +68,15 @@ pub fn run(seed: &Seed, request: CopyRequest, started: Instant) -> ! {
     let control = request.control;
     let outcome = enter_cgroup(request.cgroup).and_then(|()| {
         stopwatch.lap("detach");
-        let disks =
-            seed.disks.iter().cloned().zip(request.overlays).map(|(image, overlay)| image.with_overlay(overlay)).collect();
+        let disks = seed
+            .disks
+            .iter()
+            .cloned()
+            .zip(request.overlays)
+            .map(|(image, overlay)| image.with_overlay(overlay))
+            .collect();
         let resources = Resources { disks, vsock: request.vsock, console: request.console, tap: request.tap };
-        let mut machine =
-            Machine::restore(seed.kvm.clone(), &seed.state, seed.ram.clone(), resources, &mut stopwatch)?;
+        let mut machine = Machine::restore(seed.kvm.clone(), &seed.state, seed.ram.clone(), resources, &mut stopwatch)?;
         machine.announce_restore();
         machine.renew_generation()?;
         machine.start()?;
@@ -110,7 +114,8 @@ pub fn write_snapshot(seed: &Seed, control: OwnedFd, directory: OwnedFd, started
 /// Moves this process into the cgroup whose directory was carried.
 fn enter_cgroup(directory: Option<OwnedFd>) -> Result<(), MachineError> {
     let Some(directory) = directory else { return Ok(()) };
-    let system = |source: rustix::io::Errno| MachineError::System { attempt: "enter the cgroup", source: source.into() };
+    let system =
+        |source: rustix::io::Errno| MachineError::System { attempt: "enter the cgroup", source: source.into() };
     let flags = rustix::fs::OFlags::WRONLY | rustix::fs::OFlags::CLOEXEC;
     let procs = rustix::fs::openat(&directory, c"cgroup.procs", flags, rustix::fs::Mode::empty()).map_err(system)?;
     rustix::io::write(&procs, b"0").map(drop).map_err(system)

@@ -118,9 +118,8 @@ impl EventLoop {
     }
 
     fn register(&self, poll: &OwnedFd) -> io::Result<()> {
-        let add = |fd: BorrowedFd<'_>, token| {
-            epoll::add(poll, fd, epoll::EventData::new_u64(token), epoll::EventFlags::IN)
-        };
+        let add =
+            |fd: BorrowedFd<'_>, token| epoll::add(poll, fd, epoll::EventData::new_u64(token), epoll::EventFlags::IN);
         add(self.machine.wake.event(), WAKE)?;
         if let Some(listener) = &self.listener {
             rustix::io::ioctl_fionbio(listener, true)?;

@@ -172,11 +172,7 @@ impl Machine {
         stopwatch: &mut Stopwatch,
     ) -> Result<Self, MachineError> {
         let (vm, times) = Vm::new(&kvm, ram.memory())?;
-        stopwatch.lap_parts(&[
-            ("create_vm", times.create),
-            ("memory_slot", times.memory),
-            ("irqchip", times.irqchip),
-        ]);
+        stopwatch.lap_parts(&[("create_vm", times.create), ("memory_slot", times.memory), ("irqchip", times.irqchip)]);
         vm.restore_chips(&state.chips)?;
         stopwatch.lap("chips");
         let mut vcpus = Vec::new();
@@ -203,7 +199,8 @@ impl Machine {
         cpuids: Vec<Vec<kvm_bindings::kvm_cpuid_entry2>>,
         devices: device_set::DeviceSet,
     ) -> Result<Self, MachineError> {
-        let wake = Wake::new().map_err(|source| MachineError::System { attempt: "make an event descriptor", source })?;
+        let wake =
+            Wake::new().map_err(|source| MachineError::System { attempt: "make an event descriptor", source })?;
         let wake = Arc::new(wake);
         let gate = Arc::new(Gate::new(vcpus.iter_mut().map(Vcpu::kicker).collect()));
         let bus = Arc::new(Bus::new(devices.slots, devices.serial, wake.clone()));

@@ -92,8 +92,9 @@ fn create(directory: &OwnedFd, name: &str) -> Result<File, WriteError> {
 fn write_disk(directory: &OwnedFd, index: usize, image: &DiskImage) -> Result<(Digest, u64), WriteError> {
     let name = disk_file(index);
     let layer_error = |source| WriteError::DiskLayer { index, source };
-    let scratch = rustix::fs::memfd_create(c"unused-overlay", MemfdFlags::CLOEXEC)
-        .map_err(|error| WriteError::File { attempt: "create an overlay for", file: name.clone(), source: error.into() })?;
+    let scratch = rustix::fs::memfd_create(c"unused-overlay", MemfdFlags::CLOEXEC).map_err(|error| {
+        WriteError::File { attempt: "create an overlay for", file: name.clone(), source: error.into() }
+    })?;
     let disk: BlockDisk = image.clone().with_overlay(scratch.into());
     let mut writer =
         LayerWriter::new(create(directory, &name)?, PageCount::covering(disk.size())).map_err(layer_error)?;

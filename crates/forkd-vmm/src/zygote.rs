@@ -120,8 +120,7 @@ fn assemble_disks(state: &MachineState, carried: &mut Carried) -> Result<Vec<Dis
     let mut images = Vec::new();
     for (index, (base, &size)) in bases.into_iter().zip(&state.config.disks).enumerate() {
         let disk_error = |source| ZygoteError::Disk { index, source };
-        let sealed: Result<Vec<_>, _> =
-            layers.drain(..).map(sealed_layer).collect();
+        let sealed: Result<Vec<_>, _> = layers.drain(..).map(sealed_layer).collect();
         images.push(DiskImage::new(base, size, sealed.map_err(disk_error)?).map_err(disk_error)?);
     }
     Ok(images)

@@ -2,7 +2,7 @@
 //!
 //! Where there is no `/dev/kvm`, every test is counted as ignored and the reason is printed.
 
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
@@ -12,13 +12,15 @@ use libtest_mimic::{Arguments, Failed, Trial};
 
 const SIZE: Size = Size { memory_mib: 128, touched_mib: 16 };
 
+type Test = fn() -> Result<(), Failed>;
+
 fn main() {
     let arguments = Arguments::from_args();
     let missing = std::fs::File::options().read(true).write(true).open("/dev/kvm").err();
     if let Some(reason) = &missing {
-        println!("SKIPPED, every test of this file: cannot open /dev/kvm: {reason}");
+        let _ = writeln!(std::io::stderr(), "SKIPPED, every test of this file: cannot open /dev/kvm: {reason}");
     }
-    let trials: [(&str, fn() -> Result<(), Failed>); 6] = [
+    let trials: [(&str, Test); 6] = [
         ("every_copy_runs_and_stops_when_told", every_copy_runs_and_stops_when_told),
         ("a_copy_owns_only_the_pages_it_wrote", a_copy_owns_only_the_pages_it_wrote),
         ("a_copy_of_a_running_copy_runs_while_its_source_runs_on", a_copy_of_a_running_copy),

@@ -26,7 +26,8 @@ impl LsArgs {
             context.progress.say("no sandboxes; `forkd spawn --tag TAG` makes some");
             return Ok(0);
         }
-        let mut table = output::table(&["ID", "SNAPSHOT", "PID", "NETNS", "BRANCHES", "GUEST_ADDR", "CREATED", "STATUS"]);
+        let mut table =
+            output::table(&["ID", "SNAPSHOT", "PID", "NETNS", "BRANCHES", "GUEST_ADDR", "CREATED", "STATUS"]);
         for sandbox in &sandboxes {
             table.add_row([
                 sandbox.id.to_string(),

@@ -4,8 +4,10 @@
 //! devices are `LNRO0005`, the panic port is `QEMU0001`, the generation id is found by its `_CID`
 //! `VM_Gen_Counter` and announced through a generic event device.
 
+use acpi_tables::Aml;
 use acpi_tables::aml::{
-    Device, EISAName, IO, If, Equal, Arg, Interrupt, Memory32Fixed, Method, Name, Notify, Package, Path, ResourceTemplate, Scope,
+    Arg, Device, EISAName, Equal, IO, If, Interrupt, Memory32Fixed, Method, Name, Notify, Package, Path,
+    ResourceTemplate, Scope,
 };
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
@@ -13,7 +15,6 @@ use acpi_tables::madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, P
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
-use acpi_tables::Aml;
 use forkd_memory::GuestMemory;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -114,10 +115,7 @@ fn description(slots: &[usize], vcpus: u8) -> impl Aml {
 fn processor(id: u8, body: &mut Vec<u8>) {
     Device::new(
         format!("C{id:03}").as_str().into(),
-        vec![
-            &Name::new("_HID".into(), &"ACPI0007"),
-            &Name::new("_UID".into(), &id),
-        ],
+        vec![&Name::new("_HID".into(), &"ACPI0007"), &Name::new("_UID".into(), &id)],
     )
     .to_aml_bytes(body);
 }

@@ -9,8 +9,8 @@ use forkd_memory::layout::HOLE_START;
 use forkd_memory::{GuestMemory, MemoryLayout};
 use forkd_types::PAGE_SIZE;
 use linux_loader::bootparam::{boot_e820_entry, boot_params, setup_header};
-use linux_loader::loader::elf::start_info::{hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info};
 use linux_loader::loader::elf::PvhBootCapability;
+use linux_loader::loader::elf::start_info::{hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info};
 use linux_loader::loader::{BzImage, Elf, KernelLoader};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
@@ -128,8 +128,8 @@ pub(super) fn load_kernel(
 ) -> Result<Entry, BootError> {
     match format(&kernel)? {
         Format::Elf => {
-            let loaded = Elf::load(memory, None, &mut kernel, Some(GuestAddress(HIGH_MEMORY)))
-                .map_err(BootError::Kernel)?;
+            let loaded =
+                Elf::load(memory, None, &mut kernel, Some(GuestAddress(HIGH_MEMORY))).map_err(BootError::Kernel)?;
             let PvhBootCapability::PvhEntryPresent(entry) = loaded.pvh_boot_cap else {
                 return Err(BootError::NoPvhEntry);
             };
@@ -137,8 +137,8 @@ pub(super) fn load_kernel(
             Ok(Entry { protocol: Protocol::Pvh, address: entry.0 })
         }
         Format::BzImage => {
-            let loaded = BzImage::load(memory, None, &mut kernel, Some(GuestAddress(HIGH_MEMORY)))
-                .map_err(BootError::Kernel)?;
+            let loaded =
+                BzImage::load(memory, None, &mut kernel, Some(GuestAddress(HIGH_MEMORY))).map_err(BootError::Kernel)?;
             let header = loaded.setup_header.ok_or(BootError::UnknownFormat)?;
             write_boot_params(memory, layout, header, root_pointer, initramfs)?;
             Ok(Entry { protocol: Protocol::Linux32, address: loaded.kernel_load.0 })

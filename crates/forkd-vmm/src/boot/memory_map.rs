@@ -11,8 +11,7 @@ pub(super) const RESERVED: u32 = 2;
 
 /// `(address, bytes, type)` of every range, ascending.
 pub(super) fn ranges(layout: MemoryLayout) -> Vec<(u64, u64, u32)> {
-    let mut ranges =
-        vec![(0, CONVENTIONAL_END, RAM), (CONVENTIONAL_END, HIGH_MEMORY - CONVENTIONAL_END, RESERVED)];
+    let mut ranges = vec![(0, CONVENTIONAL_END, RAM), (CONVENTIONAL_END, HIGH_MEMORY - CONVENTIONAL_END, RESERVED)];
     for region in layout.regions() {
         let start = region.guest_address.max(HIGH_MEMORY);
         ranges.push((start, region.guest_address + region.bytes - start, RAM));

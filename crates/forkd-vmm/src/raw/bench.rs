@@ -56,7 +56,9 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options, String>
             "--touched-mib" => options.size.touched_mib = number()?,
             "--scratch" => options.scratch = value.into(),
             _ => {
-                return Err(format!("unknown option {name}; there are --n --runs --memory-mib --touched-mib --scratch"));
+                return Err(format!(
+                    "unknown option {name}; there are --n --runs --memory-mib --touched-mib --scratch"
+                ));
             }
         }
     }

@@ -64,5 +64,9 @@ pub(super) fn drive(transport: &MmioTransport) -> Result<(), Failure> {
     }
     write(register::STATUS, STATUS_STEPS[3]);
     let status = read(register::STATUS);
-    if status == STATUS_STEPS[3] { Ok(()) } else { Err(format!("a device refused its driver: status {status:#x}").into()) }
+    if status == STATUS_STEPS[3] {
+        Ok(())
+    } else {
+        Err(format!("a device refused its driver: status {status:#x}").into())
+    }
 }

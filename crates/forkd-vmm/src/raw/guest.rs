@@ -54,8 +54,7 @@ impl Private {
     /// A listening socket with a name of the kernel's choice, and an unnamed scratch file in
     /// `scratch`.
     pub(super) fn new(scratch: &std::path::Path) -> io::Result<Self> {
-        let vsock =
-            rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+        let vsock = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
         rustix::net::bind(&vsock, &SocketAddrUnix::new_unnamed())?;
         rustix::net::listen(&vsock, 16)?;
         let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
@@ -96,8 +95,7 @@ pub(super) fn boot(memory: File, memory_bytes: u64, private: Private) -> Result<
         console: OwnedFd::from(console_end).into(),
         tap: None,
     };
-    let config =
-        MachineConfig { vcpus: 1, memory_bytes, disks: vec![DISK_BYTES], mac: None, guest_cid: 3 };
+    let config = MachineConfig { vcpus: 1, memory_bytes, disks: vec![DISK_BYTES], mac: None, guest_cid: 3 };
     let mut machine = Machine::build(kvm.clone(), config, resources, ram.clone())?;
     for transport in machine.bus.slots.iter().flatten() {
         drivers::drive(transport)?;
