@@ -30,7 +30,7 @@ check:
 	cargo fmt --all --check
 	cargo xtask layers
 	cargo clippy --workspace --all-targets --locked -- -D warnings
-	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --document-private-items --locked
+	RUSTDOCFLAGS="-D warnings -A rustdoc::private_intra_doc_links" cargo doc --workspace --no-deps --document-private-items --locked
 	cargo deny --offline check bans licenses sources
 
 unit:
