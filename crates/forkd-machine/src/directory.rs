@@ -6,6 +6,7 @@
 //!   disk.img       the data disk, sparse; survives stop and start
 //!   config/        what the machine reads when it boots, written at every start
 //!   console.log    the console of the last start
+//!   console.previous.log   the console of the start before, which is where a machine that was healed died
 //!   qmp.sock       QEMU's control socket
 //!   qemu.log       what QEMU said
 //!   lock           held while the machine is started, stopped or removed
@@ -74,6 +75,11 @@ impl MachineDirectory {
 
     pub(crate) fn console(&self) -> PathBuf {
         self.path.join("console.log")
+    }
+
+    /// Where the console goes when the machine is started again.
+    pub(crate) fn previous_console(&self) -> PathBuf {
+        self.path.join("console.previous.log")
     }
 
     /// Takes the lock, waiting for whoever has it. Makes the directory if need be.

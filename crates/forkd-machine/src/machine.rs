@@ -298,6 +298,8 @@ impl Machine {
         let exports = boot::exports(options);
         boot::write_config(&self.directory.config(), options, record, &exports)?;
         let console = self.directory.console();
+        // Best kept, but nothing depends on it: there is none before the first start.
+        let _ = std::fs::rename(&console, self.directory.previous_console());
         std::fs::write(&console, "").map_err(MachineError::file("empty", &console))?;
         step(report, "starting the machine");
         for _ in 0..PORT_ATTEMPTS {

@@ -12,6 +12,8 @@ const MARKER: &str = "<!-- commands: run by crates/forkd-testkit/tests/readme.rs
 #[test]
 fn the_quick_start_and_the_commands_that_follow_it_work() -> Result<()> {
     on_real_guests(|host| {
+        // Made anew, by the programs under test.
+        host.forkd(&["rmi", "quickstart"])?;
         let shown = host.forkd(&["quickstart", "--yes", "-n", "3"])?.success()?;
         shown.says(&["[0.0, 0.0, 0.0, 0.0, 0.0]", "3 of 3 children answered"])?;
         ensure!(host.sandboxes()?.is_empty(), "the quick start leaves no sandbox behind");
