@@ -10,8 +10,10 @@ use crate::client::{Client, ClientError};
 use crate::interrupt::Interrupts;
 use crate::progress::Progress;
 
-/// How many calls to the daemon may be under way at once.
-pub(crate) const CONCURRENCY: usize = 64;
+/// How many calls to the daemon may be under way at once. QEMU's user network, through which a daemon
+/// in `forkd machine` is reached, drops connections when many arrive together, and a dropped one is
+/// noticed only after a minute.
+pub(crate) const CONCURRENCY: usize = 8;
 
 /// Children of one spawn.
 pub(crate) struct Children {
