@@ -89,7 +89,7 @@ pub fn boot() -> Result<Arc<Agent>, BootError> {
     let command_line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
     let (options, errors) = BootOptions::parse(&command_line);
     report(&errors);
-    modules::load_all();
+    modules::load_all(&command_line);
     if let Some(device) = &options.root {
         root_disk::switch_to(device, &options.root_type)?;
     }
