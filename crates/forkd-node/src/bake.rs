@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use forkd_proto::agent::{Eval, Exec, Pong};
-use forkd_proto::monitor::{BootConfig, Command, Launch, LaunchAction, Role, SnapshotFacts};
+use forkd_proto::monitor::{BootConfig, Command, Contents, Launch, LaunchAction, Role, SnapshotFacts};
 use forkd_store::{Blob, Boot, SnapshotMeta, StagedSnapshot};
 use forkd_types::rest::{BakeEvent, BakeRequest};
 use forkd_types::{Digest, StageTimings, Tag};
@@ -315,7 +315,7 @@ impl Bake {
         request.add(Role::SnapshotDir, dir);
         request.add(Role::DiskOverlay, self.overlay().map_err(|error| with_causes(&error))?);
         let (_writer, written) = Control::expecting("snapshot writer", ours);
-        let command = Command::Snapshot { fds: request.roles };
+        let command = Command::Snapshot { fds: request.roles, contents: Contents::Whole };
         let limit = self.host.config.snapshot_deadline;
         let writing = async {
             let event = machine.control.request(&command, request.fds).wait().await.map_err(|e| e.to_string())?;

@@ -139,11 +139,23 @@ pub enum Command {
         /// Name of the copy.
         name: String,
     },
-    /// Fork a copy that writes a snapshot and exits. Carries `Control`, `SnapshotDir`, and one
-    /// `DiskOverlay` per disk for the source.
+    /// Fork a copy that holds still, as a zygote does, and obeys `Fork`, `Snapshot`, `Pages` and `Kill`.
+    /// Carries `Control` and, from a running source, one `DiskOverlay` per disk for the source. The copy
+    /// says [`Event::Ready`] on its own control connection, with which it lives and ends.
+    Freeze {
+        /// What the carried descriptors are, in order.
+        fds: Vec<Role>,
+        /// Name of the copy.
+        name: String,
+    },
+    /// Fork a copy that writes a snapshot and exits. Carries `Control`, `SnapshotDir`, and, from a
+    /// running source, one `DiskOverlay` per disk for the source.
     Snapshot {
         /// What the carried descriptors are, in order.
         fds: Vec<Role>,
+        /// How much is written.
+        #[serde(default)]
+        contents: Contents,
     },
     /// Which guest pages were touched or changed since the monitor began?
     Pages,
@@ -151,11 +163,23 @@ pub enum Command {
     Kill,
 }
 
+/// How much of a machine a snapshot's files hold.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Contents {
+    /// All of it: a base.
+    #[default]
+    Whole,
+    /// What differs from the snapshot that the machine was forked from: a layer over it. A machine that
+    /// was booted differs from nothing, so that all of it is written.
+    Changes,
+}
+
 /// What a monitor tells the node.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum Event {
-    /// A zygote is ready to fork.
+    /// A zygote, or a frozen copy, is ready to fork.
     Ready {
         /// vCPUs of its snapshot.
         vcpus: u8,
@@ -169,7 +193,7 @@ pub enum Event {
         /// Where the time went since the request arrived.
         stages: StageTimings,
     },
-    /// To `Fork` and `Snapshot`, from the source: the copy exists and the source runs on.
+    /// To `Fork`, `Freeze` and `Snapshot`, from the source: the copy exists and the source runs on.
     Forked {
         /// Process id of the copy.
         pid: i32,
@@ -379,7 +403,7 @@ mod tests {
         let (here, there) = UnixStream::pair().expect("socketpair");
         let null = File::open("/dev/null").expect("open");
         for count in [1, 3] {
-            let command = Command::Snapshot { fds: vec![Role::SnapshotDir; count] };
+            let command = Command::Snapshot { fds: vec![Role::SnapshotDir; count], contents: Contents::Whole };
             send(&here, &command, &vec![null.as_fd(); count]).expect("send");
         }
         for count in [1, 3] {

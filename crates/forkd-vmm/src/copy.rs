@@ -1,13 +1,13 @@
-//! What a forked child does: become a running copy, or write a snapshot.
+//! What a forked child does: become a running copy, hold still as a frozen one, or write a snapshot.
 //!
-//! Both begin alike: close what belongs to the parent. Both end in [`exit`](crate::fork::exit),
-//! never by returning (see [`crate::fork`]).
+//! All begin alike: close what belongs to the parent. All end in [`exit`](crate::fork::exit), never by
+//! returning (see [`crate::fork`]).
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Instant;
 
-use forkd_proto::monitor::{self, Event, Role};
+use forkd_proto::monitor::{self, Contents, Event, Role};
 
 use crate::carried::{Carried, CarriedError};
 use crate::event_loop::{Ending, EventLoop};
@@ -16,7 +16,7 @@ use crate::machine::{Machine, MachineError, Resources};
 use crate::seed::Seed;
 use crate::stopwatch::Stopwatch;
 use crate::vcpu_thread::chain;
-use crate::writer;
+use crate::{writer, zygote};
 
 /// What the request for a running copy carried.
 #[derive(Debug)]
@@ -58,6 +58,35 @@ impl CopyRequest {
     }
 }
 
+/// What the request for a frozen copy carried.
+#[derive(Debug)]
+pub struct FreezeRequest {
+    name: String,
+    control: OwnedFd,
+}
+
+impl FreezeRequest {
+    /// Takes what a frozen copy needs.
+    pub fn take(carried: &mut Carried, name: String) -> Result<Self, CarriedError> {
+        Ok(Self { name, control: carried.require(Role::Control)? })
+    }
+}
+
+/// What the request for a snapshot carried.
+#[derive(Debug)]
+pub struct SnapshotRequest {
+    control: OwnedFd,
+    directory: OwnedFd,
+    contents: Contents,
+}
+
+impl SnapshotRequest {
+    /// Takes what a snapshot's writer needs.
+    pub fn take(carried: &mut Carried, contents: Contents) -> Result<Self, CarriedError> {
+        Ok(Self { control: carried.require(Role::Control)?, directory: carried.require(Role::SnapshotDir)?, contents })
+    }
+}
+
 /// In a fresh child: runs a copy of `seed` until it ends. `started` is when the request arrived.
 pub fn run(seed: &Seed, request: CopyRequest, started: Instant) -> ! {
     let mut stopwatch = Stopwatch::since(started);
@@ -95,15 +124,30 @@ pub fn run(seed: &Seed, request: CopyRequest, started: Instant) -> ! {
     fork::exit(i32::from(ending != Ending::Stopped));
 }
 
-/// In a fresh child: writes a snapshot of `seed` into `directory`, says so on `control`, and ends.
-pub fn write_snapshot(seed: &Seed, control: OwnedFd, directory: OwnedFd, started: Instant) -> ! {
+/// In a fresh child: holds `seed` for later copies until its control connection ends.
+pub fn freeze(seed: &Seed, request: FreezeRequest, _started: Instant) -> ! {
+    let FreezeRequest { name, control } = request;
+    let keep: Vec<i32> = seed.raw_fds().into_iter().chain([control.as_raw_fd()]).collect();
+    fork::close_all_but(&keep);
+    let _ = rustix::thread::set_name(&thread_name(&name));
+    let config = &seed.state.config;
+    let ready = Event::Ready { vcpus: config.vcpus, memory_bytes: config.memory_bytes, warnings: Vec::new() };
+    if monitor::send(&control, &ready, &[]).is_ok() {
+        zygote::serve(seed, &control);
+    }
+    fork::exit(0);
+}
+
+/// In a fresh child: writes a snapshot of `seed`, says so on its control connection, and ends.
+pub fn write_snapshot(seed: &Seed, request: SnapshotRequest, started: Instant) -> ! {
+    let SnapshotRequest { control, directory, contents } = request;
     let mut stopwatch = Stopwatch::since(started);
     stopwatch.lap("fork");
     let own = [control.as_raw_fd(), directory.as_raw_fd()];
     let keep: Vec<i32> = seed.raw_fds().into_iter().chain(own).collect();
     fork::close_all_but(&keep);
     let _ = rustix::thread::set_name(c"forkd-writer");
-    let event = match writer::write(seed, &directory, &mut stopwatch) {
+    let event = match writer::write(seed, &directory, contents, &mut stopwatch) {
         Ok(facts) => Event::Written { facts, stages: stopwatch.finish() },
         Err(error) => Event::Failed { error: chain(&error) },
     };

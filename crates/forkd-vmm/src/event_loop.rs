@@ -13,8 +13,8 @@ use rustix::buffer::spare_capacity;
 use rustix::event::epoll;
 use rustix::net::SocketFlags;
 
-use crate::carried::Carried;
-use crate::copy::{self, CopyRequest};
+use crate::carried::{Carried, CarriedError};
+use crate::copy::{self, CopyRequest, FreezeRequest, SnapshotRequest};
 use crate::fork::{self, Side};
 use crate::gate::PauseError;
 use crate::machine::Machine;
@@ -59,7 +59,7 @@ fn host_fd<'a>(fd: RawFd) -> BorrowedFd<'a> {
 #[derive(Debug, thiserror::Error)]
 enum CommandError {
     #[error("the request is malformed")]
-    Carried(#[from] crate::carried::CarriedError),
+    Carried(#[from] CarriedError),
     #[error("cannot stop the vCPUs")]
     Pause(#[from] PauseError),
     #[error("cannot seal disk {index}")]
@@ -205,29 +205,43 @@ impl EventLoop {
                 Ok(Some(Event::pages(&map.present, &map.private)))
             }
             Command::Fork { fds: roles, name } => {
-                let mut carried = Carried::new(&roles, fds)?;
-                let request = CopyRequest::take(&mut carried, name, self.machine.disks.len())?;
-                self.branch(&mut carried, started, |seed| copy::run(seed, request, started)).map(Some)
+                let disks = self.machine.disks.len();
+                self.branch(
+                    started,
+                    &roles,
+                    fds,
+                    |carried| CopyRequest::take(carried, name, disks),
+                    |seed, request, started| copy::run(seed, request, started),
+                )
             }
-            Command::Snapshot { fds: roles } => {
-                let mut carried = Carried::new(&roles, fds)?;
-                let control = carried.require(Role::Control)?;
-                let directory = carried.require(Role::SnapshotDir)?;
-                self.branch(&mut carried, started, |seed| copy::write_snapshot(seed, control, directory, started))
-                    .map(Some)
+            Command::Freeze { fds: roles, name } => self.branch(
+                started,
+                &roles,
+                fds,
+                |carried| FreezeRequest::take(carried, name),
+                |seed, request, started| copy::freeze(seed, request, started),
+            ),
+            Command::Snapshot { fds: roles, contents } => {
+                let take = |carried: &mut Carried| SnapshotRequest::take(carried, contents);
+                self.branch(started, &roles, fds, take, |seed, request, started| {
+                    copy::write_snapshot(seed, request, started)
+                })
             }
         }
     }
 
-    /// Stops the machine, forks, and lets it go on; the child runs `child`.
-    ///
-    /// What `child` owns was made for the child: in the parent it is dropped with the closure.
-    fn branch(
+    /// Stops the machine, forks, and lets it go on; the child does `become_it` with what `take` found for
+    /// it among the carried descriptors.
+    fn branch<R>(
         &mut self,
-        carried: &mut Carried,
         started: Instant,
-        child: impl FnOnce(&Seed) -> i32,
-    ) -> Result<Event, CommandError> {
+        roles: &[Role],
+        fds: Vec<OwnedFd>,
+        take: impl FnOnce(&mut Carried) -> Result<R, CarriedError>,
+        become_it: impl FnOnce(&Seed, R, Instant) -> i32,
+    ) -> Result<Option<Event>, CommandError> {
+        let mut carried = Carried::new(roles, fds)?;
+        let request = take(&mut carried)?;
         let fresh = carried.files(Role::DiskOverlay, self.machine.disks.len())?;
         let mut stopwatch = Stopwatch::since(started);
         let (paused, state) = self.machine.pause()?;
@@ -241,13 +255,13 @@ impl EventLoop {
         stopwatch.lap("seal");
         let seed = Seed { kvm: self.machine.kvm.clone(), ram: self.machine.ram.clone(), state, disks };
         let pid = match fork::fork().map_err(CommandError::Fork)? {
-            Side::Child => fork::exit(child(&seed)),
+            Side::Child => fork::exit(become_it(&seed, request, started)),
             Side::Parent(pid) => pid,
         };
         stopwatch.lap("fork");
         drop(paused);
         let stages = stopwatch.finish();
-        Ok(Event::Forked { pid, pause_us: stages.total().as_micros() as u64, stages })
+        Ok(Some(Event::Forked { pid, pause_us: stages.total().as_micros() as u64, stages }))
     }
 
     /// Tells every node that is connected.

@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 
 use forkd_devices::block::{BlockDisk, DiskError, DiskImage};
 use forkd_memory::{LayerError, LayerWriter, RamError};
-use forkd_proto::monitor::SnapshotFacts;
+use forkd_proto::monitor::{Contents, SnapshotFacts};
 use forkd_types::{Digest, PAGE_SIZE, PageCount};
 use rustix::fs::{MemfdFlags, Mode, OFlags};
 
@@ -58,7 +58,13 @@ pub enum WriteError {
 }
 
 /// Writes all files of a snapshot of `seed` into `directory`, synced.
-pub fn write(seed: &Seed, directory: &OwnedFd, stopwatch: &mut Stopwatch) -> Result<SnapshotFacts, WriteError> {
+pub fn write(
+    seed: &Seed,
+    directory: &OwnedFd,
+    contents: Contents,
+    stopwatch: &mut Stopwatch,
+) -> Result<SnapshotFacts, WriteError> {
+    let _ = contents;
     let memory = seed.ram.write_base(create(directory, MEMORY_FILE)?)?;
     stopwatch.lap("write_memory");
     let mut disks = Vec::new();

@@ -18,7 +18,7 @@ use forkd_proto::frame::FrameError;
 use forkd_proto::monitor::{self, Command, Event, Role, ZygoteConfig};
 
 use crate::carried::{Carried, CarriedError};
-use crate::copy::{self, CopyRequest};
+use crate::copy::{self, CopyRequest, FreezeRequest, SnapshotRequest};
 use crate::fork::{self, Side};
 use crate::seed::Seed;
 use crate::state::{MachineState, PAYLOAD_LIMIT, StateError};
@@ -157,9 +157,22 @@ pub fn serve(seed: &Seed, control: &OwnedFd) {
         };
         let event = match command {
             Command::Kill => return,
-            Command::Fork { fds: roles, name } => fork_copy(seed, &roles, fds, name),
-            Command::Snapshot { .. } => {
-                Event::Failed { error: "a zygote is a snapshot already; there is nothing to write".to_owned() }
+            Command::Fork { fds: roles, name } => {
+                let take = |carried: &mut Carried| CopyRequest::take(carried, name, seed.disks.len());
+                fork_child(seed, &roles, fds, take, |seed, request, started| copy::run(seed, request, started))
+            }
+            Command::Freeze { fds: roles, name } => fork_child(
+                seed,
+                &roles,
+                fds,
+                |carried| FreezeRequest::take(carried, name),
+                |seed, request, started| copy::freeze(seed, request, started),
+            ),
+            Command::Snapshot { fds: roles, contents } => {
+                let take = |carried: &mut Carried| SnapshotRequest::take(carried, contents);
+                fork_child(seed, &roles, fds, take, |seed, request, started| {
+                    copy::write_snapshot(seed, request, started)
+                })
             }
             Command::Pages => match seed.ram.page_map() {
                 Ok(map) => Event::pages(&map.present, &map.private),
@@ -172,17 +185,22 @@ pub fn serve(seed: &Seed, control: &OwnedFd) {
     }
 }
 
-fn fork_copy(seed: &Seed, roles: &[Role], fds: Vec<OwnedFd>, name: String) -> Event {
+/// Forks a child that does `become_it` with what `take` finds among the carried descriptors.
+fn fork_child<R>(
+    seed: &Seed,
+    roles: &[Role],
+    fds: Vec<OwnedFd>,
+    take: impl FnOnce(&mut Carried) -> Result<R, CarriedError>,
+    become_it: impl FnOnce(&Seed, R, Instant) -> i32,
+) -> Event {
     let started = Instant::now();
     let failed = |error: &dyn std::error::Error| Event::Failed { error: chain(error) };
-    let request = match Carried::new(roles, fds)
-        .and_then(|mut carried| CopyRequest::take(&mut carried, name, seed.disks.len()))
-    {
+    let request = match Carried::new(roles, fds).and_then(|mut carried| take(&mut carried)) {
         Ok(request) => request,
         Err(error) => return failed(&error),
     };
     match fork::fork() {
-        Ok(Side::Child) => copy::run(seed, request, started),
+        Ok(Side::Child) => fork::exit(become_it(seed, request, started)),
         Ok(Side::Parent(pid)) => {
             let mut stages = forkd_types::StageTimings::default();
             stages.record("fork", started.elapsed());

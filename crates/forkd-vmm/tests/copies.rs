@@ -6,7 +6,7 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use forkd_proto::monitor::{self, Command, Event, Role, StopReason};
+use forkd_proto::monitor::{self, Command, Contents, Event, Role, StopReason};
 use forkd_vmm::raw::{Copies, RawZygote, Size};
 use libtest_mimic::{Arguments, Failed, Trial};
 
@@ -174,7 +174,8 @@ fn a_snapshot_that_cannot_be_written() -> Result<(), Failed> {
     // A directory in which nothing can be created, whoever asks.
     let directory = std::fs::File::open("/proc/self")?;
     let overlay = tempfile::tempfile()?;
-    let command = Command::Snapshot { fds: vec![Role::Control, Role::SnapshotDir, Role::DiskOverlay] };
+    let command =
+        Command::Snapshot { fds: vec![Role::Control, Role::SnapshotDir, Role::DiskOverlay], contents: Contents::Whole };
     monitor::send(source, &command, &[theirs.as_fd(), directory.as_fd(), overlay.as_fd()])?;
     let event: Event = monitor::receive(source)?.0;
     assert!(matches!(event, Event::Forked { .. }), "{event:?}");
