@@ -103,14 +103,17 @@ impl From<NodeError> for ApiError {
 fn status_of(error: &NodeError) -> StatusCode {
     match error.code() {
         "bad_tag" | "bad_spawn_count" | "bad_field" | "digest_mismatch" => StatusCode::BAD_REQUEST,
-        "sandbox_not_found" | "snapshot_not_found" | "blob_not_found" | "blob_missing" => StatusCode::NOT_FOUND,
+        "sandbox_not_found" | "snapshot_not_found" | "blob_not_found" | "blob_missing" | "checkpoint_not_found" => {
+            StatusCode::NOT_FOUND
+        }
         "sandbox_stopped"
         | "snapshot_not_ready"
         | "snapshot_exists"
         | "snapshot_has_children"
         | "snapshot_damaged"
         | "processor_lacks_features"
-        | "bake_in_progress"
+        | "snapshot_in_progress"
+        | "checkpoint_exists"
         | "blob_in_use"
         | "references_unknown" => StatusCode::CONFLICT,
         "kvm_unavailable" => StatusCode::SERVICE_UNAVAILABLE,

@@ -47,6 +47,24 @@ impl<S: Send + Sync> FromRequestParts<S> for Segment {
     }
 }
 
+/// A sandbox and the name of something of its own, from the two variable segments of the path.
+pub(crate) struct OfSandbox {
+    pub(crate) sandbox: SandboxId,
+    pub(crate) name: String,
+}
+
+impl<S: Send + Sync> FromRequestParts<S> for OfSandbox {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        let path = parts.uri.path().to_owned();
+        match axum::extract::Path::<(String, String)>::from_request_parts(parts, state).await {
+            Ok(axum::extract::Path((sandbox, name))) => Ok(Self { sandbox: Segment(sandbox).sandbox()?, name }),
+            Err(_) => Err(ApiError::unknown_path(&path)),
+        }
+    }
+}
+
 impl Segment {
     /// The segment as it is.
     pub(crate) fn as_str(&self) -> &str {

@@ -9,7 +9,7 @@ use forkd_node::Node;
 use crate::audit::{self, AuditLog};
 use crate::auth::{self, Token};
 use crate::error::ApiError;
-use crate::routes::{agent, bakes, blobs, discovery, sandboxes, snapshots};
+use crate::routes::{agent, bakes, blobs, branching, discovery, sandboxes, snapshots};
 use crate::{extract, metrics};
 
 /// What every handler uses.
@@ -45,9 +45,15 @@ pub fn router(api: Api, token: Option<Token>, audit: Option<AuditLog>) -> Router
         .route("/v1/sandboxes/{id}/memory", get(sandboxes::memory))
         .route("/v1/sandboxes/{id}/console", get(sandboxes::console))
         .route("/v1/sandboxes/{id}/agent", get(agent::connect))
+        .route("/v1/sandboxes/{id}/fork", post(branching::fork))
+        .route("/v1/sandboxes/{id}/branch", post(branching::branch))
+        .route("/v1/sandboxes/{id}/checkpoints", get(branching::checkpoints).post(branching::checkpoint))
+        .route("/v1/sandboxes/{id}/checkpoints/{name}", axum::routing::delete(branching::remove_checkpoint))
+        .route("/v1/sandboxes/{id}/rewind", post(branching::rewind))
         .route("/v1/snapshots", get(snapshots::list))
         .route("/v1/snapshots/{tag}", axum::routing::delete(snapshots::remove))
         .route("/v1/snapshots/{tag}/info", get(snapshots::info))
+        .route("/v1/snapshots/{tag}/compact", post(branching::compact))
         .route("/v1/snapshots/{tag}/verify", post(snapshots::verify))
         .route("/v1/bakes", post(bakes::bake))
         .layer(DefaultBodyLimit::max(BODY_LIMIT))

@@ -4,16 +4,20 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 
 use crate::bench::BenchArgs;
 use crate::commands::bake::{FromImageArgs, SnapshotArgs};
+use crate::commands::branch::BranchArgs;
+use crate::commands::checkpoints::{CheckpointArgs, CheckpointsArgs, RewindArgs};
 use crate::commands::eval::EvalArgs;
 use crate::commands::exec::ExecArgs;
 use crate::commands::fork::ForkArgs;
 use crate::commands::images::{ImagesArgs, RmiArgs, SnapshotInfoArgs};
 use crate::commands::kernel::KernelArgs;
+use crate::commands::layers::{SnapshotCompactArgs, SnapshotDiffArgs};
 use crate::commands::machine::MachineArgs;
 use crate::commands::ping::PingArgs;
 use crate::commands::quickstart::QuickstartArgs;
 use crate::commands::sandboxes::{KillArgs, LogsArgs, LsArgs};
 use crate::commands::spawn::SpawnArgs;
+use crate::commands::tree::TreeArgs;
 use crate::commands::verify::VerifyArgs;
 use crate::commands::{Context, where_};
 use crate::data_dir::DataDir;
@@ -64,12 +68,22 @@ enum Command {
     Doctor(DoctorArgs),
     /// Build a root disk, boot and warm it, and snapshot it
     FromImage(FromImageArgs),
-    /// Boot a kernel and a root disk that you have, warm it, and snapshot it
+    /// Snapshot a running sandbox, or a kernel and a root disk once booted
     Snapshot(SnapshotArgs),
     /// Fork children, hold them for a while, and kill them
     Fork(ForkArgs),
     /// Fork children that stay
     Spawn(SpawnArgs),
+    /// Make running copies of a running sandbox
+    Branch(BranchArgs),
+    /// Freeze a sandbox as it is now, to come back to
+    Checkpoint(CheckpointArgs),
+    /// List a sandbox's checkpoints
+    Checkpoints(CheckpointsArgs),
+    /// Bring a sandbox back to a checkpoint
+    Rewind(RewindArgs),
+    /// Draw snapshots, sandboxes and checkpoints as the family they are
+    Tree(TreeArgs),
     /// List sandboxes
     Ls(LsArgs),
     /// Run a program in a sandbox
@@ -88,6 +102,10 @@ enum Command {
     Rmi(RmiArgs),
     /// Show everything about one snapshot
     SnapshotInfo(SnapshotInfoArgs),
+    /// Run a command in a child of a snapshot and keep what changed as a layer over it
+    SnapshotDiff(SnapshotDiffArgs),
+    /// Write a layered snapshot anew as one that depends on no other
+    SnapshotCompact(SnapshotCompactArgs),
     /// Recompute every digest of a snapshot
     Verify(VerifyArgs),
     /// Measure, next to the floor of this host
@@ -123,6 +141,11 @@ impl Cli {
             Command::Snapshot(args) => args.run(&context).await,
             Command::Fork(args) => args.run(&context).await,
             Command::Spawn(args) => args.run(&context).await,
+            Command::Branch(args) => args.run(&context).await,
+            Command::Checkpoint(args) => args.run(&context).await,
+            Command::Checkpoints(args) => args.run(&context).await,
+            Command::Rewind(args) => args.run(&context).await,
+            Command::Tree(args) => args.run(&context).await,
             Command::Ls(args) => args.run(&context).await,
             Command::Exec(args) => args.run(&context).await,
             Command::Eval(args) => args.run(&context).await,
@@ -132,6 +155,8 @@ impl Cli {
             Command::Images(args) => args.run(&context).await,
             Command::Rmi(args) => args.run(&context).await,
             Command::SnapshotInfo(args) => args.run(&context).await,
+            Command::SnapshotDiff(args) => args.run(&context).await,
+            Command::SnapshotCompact(args) => args.run(&context).await,
             Command::Verify(args) => args.run(&context).await,
             Command::Bench(args) => args.run(&context).await,
             Command::Where => where_(&context),

@@ -104,7 +104,7 @@ impl<'a> Follower<'a> {
             }
             BakeEvent::Done { snapshot, stages } => {
                 self.end_step();
-                self.done = Some((snapshot, stages));
+                self.done = Some((*snapshot, stages));
             }
             BakeEvent::Failed { error } => return Err(ClientError::Failed(error)),
         }

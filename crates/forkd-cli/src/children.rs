@@ -35,7 +35,9 @@ impl Children {
         tokio::pin!(spawning);
         let interrupted = tokio::select! {
             report = &mut spawning => {
-                return Ok(Self { client: client.clone(), progress: progress.clone(), report: report? });
+                let report = report?;
+                warn(&report, progress);
+                return Ok(Self { client: client.clone(), progress: progress.clone(), report });
             }
             interrupted = interrupts.next() => interrupted,
         };
@@ -74,6 +76,13 @@ impl Children {
                 self.progress.warn(format_args!("could not kill {id}: {error}"));
             }
         }
+    }
+}
+
+/// Passes on what the daemon did otherwise than asked.
+pub(crate) fn warn(report: &SpawnReport, progress: &Progress) {
+    for warning in &report.warnings {
+        progress.warn(warning);
     }
 }
 

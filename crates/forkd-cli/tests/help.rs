@@ -5,7 +5,7 @@ use std::path::Path;
 
 use assert_cmd::Command;
 
-const VERBS: [&[&str]; 31] = [
+const VERBS: [&[&str]; 38] = [
     &[],
     &["quickstart"],
     &["doctor"],
@@ -13,6 +13,11 @@ const VERBS: [&[&str]; 31] = [
     &["snapshot"],
     &["fork"],
     &["spawn"],
+    &["branch"],
+    &["checkpoint"],
+    &["checkpoints"],
+    &["rewind"],
+    &["tree"],
     &["ls"],
     &["exec"],
     &["eval"],
@@ -22,6 +27,8 @@ const VERBS: [&[&str]; 31] = [
     &["images"],
     &["rmi"],
     &["snapshot-info"],
+    &["snapshot-diff"],
+    &["snapshot-compact"],
     &["verify"],
     &["bench"],
     &["bench", "spawn"],

@@ -48,7 +48,19 @@ fn an_image_and_a_vmlinux_can_be_given_directly() {
     let dir = tempfile::tempdir().expect("tempdir");
     let again = kernel::install(&KernelChoice::Image(kernel.vmlinux.clone()), dir.path(), &mut support::show)
         .expect("an uncompressed kernel is taken as it is");
-    assert_eq!((again.release, again.modules_dir), (kernel.release, None));
+    assert_eq!((&again.release, &again.modules_dir), (&kernel.release, &kernel.modules_dir), "they lie beside it");
+
+    // As on an installed system; and the modules belong to the place, not to the kernel.
+    let (boot, modules) = (dir.path().join("root/boot"), dir.path().join("root/lib/modules").join(&kernel.release));
+    fs::create_dir_all(&boot).expect("mkdir");
+    let installed = KernelChoice::Image(boot.join("vmlinux"));
+    fs::copy(&kernel.vmlinux, boot.join("vmlinux")).expect("copy");
+    let alone = kernel::install(&installed, dir.path(), &mut support::show).expect("without modules");
+    assert_eq!((alone.vmlinux, alone.modules_dir), (again.vmlinux, None));
+    fs::create_dir_all(&modules).expect("mkdir");
+    fs::write(modules.join("modules.builtin"), "").expect("write");
+    let whole = kernel::install(&installed, dir.path(), &mut support::show).expect("with modules");
+    assert_eq!(whole.modules_dir.as_deref(), Some(modules.as_path()));
 
     let whole = fs::read(&kernel.vmlinux).expect("vmlinux");
     let cut = dir.path().join("cut");

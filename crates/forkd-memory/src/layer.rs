@@ -91,6 +91,8 @@ pub struct LayerSummary {
     pub digest: Digest,
     /// Pages stored.
     pub pages: PageCount,
+    /// Pages recorded as zero although the parent's are not.
+    pub zero_pages: PageCount,
 }
 
 /// The header as numbers.
@@ -186,6 +188,38 @@ impl LayerWriter {
         extend(&mut self.zero, run);
     }
 
+    /// Stores what of `bytes`, whole pages from page `first` on, differs from `below`, what the layers
+    /// underneath say about the same pages (`None`: that they are zero). Pages that became zero are
+    /// marked and not stored.
+    pub fn store_changes(&mut self, first: u64, bytes: &[u8], below: Option<&[u8]>) -> Result<(), LayerError> {
+        const PAGE: usize = PAGE_SIZE as usize;
+        assert!(below.is_none_or(|below| below.len() == bytes.len()), "the same pages are compared");
+        let mut unstored = 0..0;
+        for start in (0..bytes.len()).step_by(PAGE) {
+            let page = &bytes[start..start + PAGE];
+            let below = below.map(|below| &below[start..start + PAGE]);
+            let zero = is_zero(page);
+            let changed = match below {
+                Some(below) => page != below,
+                None => !zero,
+            };
+            if changed && zero {
+                self.mark_zero(PageRun { first: first + (start / PAGE) as u64, count: 1 });
+            }
+            if changed && !zero && unstored.end == start {
+                unstored.end = start + PAGE;
+            } else if changed && !zero {
+                self.store_part(first, bytes, unstored)?;
+                unstored = start..start + PAGE;
+            }
+        }
+        self.store_part(first, bytes, unstored)
+    }
+
+    fn store_part(&mut self, first: u64, bytes: &[u8], part: std::ops::Range<usize>) -> Result<(), LayerError> {
+        if part.is_empty() { Ok(()) } else { self.store(first + part.start as u64 / PAGE_SIZE, &bytes[part]) }
+    }
+
     /// Writes index and header and syncs the file.
     pub fn finish(self) -> Result<LayerSummary, LayerError> {
         PageRun::check(&self.data, PageCount(self.pages))?;
@@ -207,8 +241,17 @@ impl LayerWriter {
         self.file.write_all_at(&index, header.index_offset).map_err(io_error("write"))?;
         self.file.write_all_at(&header.encode(), 0).map_err(io_error("write"))?;
         self.file.sync_all().map_err(io_error("sync"))?;
-        Ok(LayerSummary { digest: header.layer_digest(), pages: PageRun::total(&self.data) })
+        Ok(LayerSummary {
+            digest: header.layer_digest(),
+            pages: PageRun::total(&self.data),
+            zero_pages: PageRun::total(&self.zero),
+        })
     }
+}
+
+/// Whether a page is all zero; most are told from their first word.
+fn is_zero(page: &[u8]) -> bool {
+    page.chunks_exact(32).all(|chunk| chunk == [0; 32])
 }
 
 /// Appends `run`, joining it to the last where it is adjacent.

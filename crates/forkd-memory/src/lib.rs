@@ -3,6 +3,8 @@
 //! - [`layout`]: where RAM lies in the guest's physical address space.
 //! - [`ram`]: the private mapping that is a guest's memory. It is made once and lives as long as
 //!   the process; `fork(2)` copies it.
+//! - `chain`: the layers that it was made from, and which of them holds each page.
+//! - [`contents`]: writing it as a base, or as a layer of what changed.
 //! - [`page_map`]: which pages of it are present or private, read from the kernel's page tables.
 //! - [`layer`]: the file format that holds page runs, for memory and for disks.
 //!
@@ -10,6 +12,8 @@
 //! by every copy and absent from the forked page tables; a page that somebody wrote is anonymous
 //! and thereby known to differ from the file.
 
+mod chain;
+pub mod contents;
 pub mod layer;
 pub mod layout;
 pub mod page_map;

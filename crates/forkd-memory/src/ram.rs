@@ -4,7 +4,9 @@
 use std::ffi::c_void;
 use std::io;
 use std::num::NonZeroUsize;
+use std::os::fd::RawFd;
 use std::ptr::{self, NonNull};
+use std::sync::Arc;
 
 use forkd_types::{PAGE_SIZE, PageRun};
 use rustix::mm::{Advice, MapFlags, ProtFlags};
@@ -12,10 +14,11 @@ use std::os::unix::fs::FileExt;
 use vm_memory::mmap::{GuestRegionMmap, MmapRegionBuilder};
 use vm_memory::{GuestAddress, GuestRegionCollection};
 
-use crate::layer::{DATA_OFFSET, Layer, LayerError, LayerWriter};
+use crate::GuestMemory;
+use crate::chain::{LayerChain, union};
+use crate::layer::{DATA_OFFSET, Layer, LayerError};
 use crate::layout::{GRANULE, MemoryLayout};
 use crate::page_map::{self, PageMap};
-use crate::{GuestMemory, LayerSummary};
 
 /// A run of at least this many pages is mapped over its parent; a shorter one is copied in.
 ///
@@ -60,6 +63,12 @@ pub enum RamError {
     /// A snapshot without layers.
     #[error("no memory layer was given")]
     NoLayers,
+    /// A layer of this memory cannot be written.
+    #[error("cannot write guest memory as a layer")]
+    Write {
+        /// Why.
+        source: LayerError,
+    },
     /// Pages could not be read from a layer or the page tables.
     #[error("cannot {attempt}")]
     Io {
@@ -70,7 +79,9 @@ pub enum RamError {
     },
     /// Too few free pages in the reserved pool.
     #[error(
-        "{needed} free 2 MiB pages are needed and {free} are reserved and free; reserve more with `sysctl vm.nr_hugepages={needed}`"
+        "{needed} free 2 MiB pages are needed and {free} are reserved and free; reserve more with \
+         `sysctl vm.nr_hugepages={}` (what copies write comes from there too)",
+        2 * needed
     )]
     PoolTooSmall {
         /// Pages that this guest needs.
@@ -90,29 +101,36 @@ pub struct GuestRam {
     layout: MemoryLayout,
     base: NonNull<u8>,
     memory: GuestMemory,
-    /// Runs that the backing files hold; everything else is zero until written.
-    stored: Vec<PageRun>,
+    chain: LayerChain,
+    /// Runs whose contents were copied in, so that another file, or none, is mapped there than the layer
+    /// that holds them; zeros that lie over a mapped file too.
+    copied: Arc<[PageRun]>,
 }
 
 // SAFETY: `base` is the start of a mapping that lives as long as the process and is only reached
-// through volatile accesses (`GuestMemory`) or from a process in which no vCPU runs (`write_base`).
+// through volatile accesses (`GuestMemory`) or from a process in which no vCPU runs (`contents`).
 unsafe impl Send for GuestRam {}
-// SAFETY: as above; no method hands out references into the mapping.
+// SAFETY: as above; no public method hands out references into the mapping.
 unsafe impl Sync for GuestRam {}
 
 impl GuestRam {
     /// Zeroed memory for a machine that boots.
     pub fn anonymous(layout: MemoryLayout) -> Result<Self, RamError> {
         let base = reserve(layout.bytes())?;
-        Self::assemble(layout, base, Vec::new())
+        Self::assemble(layout, base, LayerChain::none(), Vec::new())
     }
 
-    /// The memory that `layers` describe, base first.
-    pub fn from_layers(layout: MemoryLayout, layers: &[Layer], backing: Backing) -> Result<Self, RamError> {
-        let (base_layer, upper) = layers.split_first().ok_or(RamError::NoLayers)?;
-        for (index, layer) in layers.iter().enumerate() {
-            layer.expect_pages(layout.pages()).map_err(|source| RamError::Layer { index, source })?;
-        }
+    /// The memory that `layers` describe, base first. Their files stay open, for [`write_changes`].
+    ///
+    /// [`write_changes`]: Self::write_changes
+    pub fn from_layers(
+        layout: MemoryLayout,
+        layers: impl Into<Arc<[Layer]>>,
+        backing: Backing,
+    ) -> Result<Self, RamError> {
+        let chain = LayerChain::new(layers.into(), layout.pages())?;
+        let (base_layer, upper) = chain.layers().split_first().ok_or(RamError::NoLayers)?;
+        let mut copied = Vec::new();
         let base = match backing {
             Backing::File => {
                 let base = reserve(layout.bytes())?;
@@ -122,23 +140,28 @@ impl GuestRam {
             Backing::TransparentHugePages => {
                 let base = reserve(layout.bytes())?;
                 advise(base, layout.bytes(), libc::MADV_HUGEPAGE)?;
-                copy_runs(base, base_layer, base_layer.data())?;
                 base
             }
-            Backing::ReservedHugePages => {
-                let base = reserve_huge(layout.bytes())?;
-                copy_runs(base, base_layer, base_layer.data())?;
-                base
-            }
+            Backing::ReservedHugePages => reserve_huge(layout.bytes())?,
         };
-        for layer in upper {
-            lay_over(base, layer, backing)?;
+        if backing != Backing::File {
+            copy_runs(base, base_layer, base_layer.data())?;
+            copied.extend_from_slice(base_layer.data());
         }
-        let stored = merge(layers.iter().map(Layer::data));
-        Self::assemble(layout, base, stored)
+        let mut areas = 0;
+        for layer in upper {
+            copied.extend(lay_over(base, layer, backing, &mut areas)?);
+        }
+        let copied = union([copied.as_slice()]);
+        Self::assemble(layout, base, chain, copied)
     }
 
-    fn assemble(layout: MemoryLayout, base: NonNull<u8>, stored: Vec<PageRun>) -> Result<Self, RamError> {
+    fn assemble(
+        layout: MemoryLayout,
+        base: NonNull<u8>,
+        chain: LayerChain,
+        copied: Vec<PageRun>,
+    ) -> Result<Self, RamError> {
         let regions = layout.regions().map(|region| {
             // SAFETY: the range lies within the mapping made for `layout`, which is never unmapped.
             let mapping = unsafe {
@@ -153,7 +176,7 @@ impl GuestRam {
         });
         let memory = GuestRegionCollection::from_regions(regions.collect())
             .expect("the layout's regions ascend and are disjoint");
-        Ok(Self { layout, base, memory, stored })
+        Ok(Self { layout, base, memory, chain, copied: copied.into() })
     }
 
     /// Size and place of the memory.
@@ -166,14 +189,34 @@ impl GuestRam {
         &self.memory
     }
 
+    /// The descriptors of the layers this memory was made from, to keep open across a fork.
+    pub fn raw_fds(&self) -> Vec<RawFd> {
+        self.chain.raw_fds().collect()
+    }
+
+    pub(crate) fn base(&self) -> *const u8 {
+        self.base.as_ptr()
+    }
+
+    pub(crate) fn chain(&self) -> &LayerChain {
+        &self.chain
+    }
+
+    pub(crate) fn copied(&self) -> &[PageRun] {
+        &self.copied
+    }
+
     /// Which pages are present and which are private, as runs in mapping order.
     pub fn page_map(&self) -> Result<PageMap, RamError> {
         page_map::read(self.base.as_ptr() as usize, self.layout.pages().0)
             .map_err(|source| RamError::Io { attempt: "read /proc/self/pagemap", source })
     }
 
-    /// Gives the pages that lie wholly in `guest_address .. + bytes` back to the host. Their contents
-    /// become those of the backing file, or zero; a guest that reports pages as free expects neither.
+    /// Gives the pages that lie wholly in `guest_address .. + bytes` back to the host.
+    ///
+    /// A guest that reports pages as free expects no contents of them. They become those of the file
+    /// that is mapped there, which need not be the newest layer's, or zero where none is; what that means
+    /// for a layer says [`contents`](crate::contents).
     ///
     /// A range that is not RAM is ignored.
     pub fn release(&self, guest_address: u64, bytes: u64) {
@@ -200,63 +243,6 @@ impl GuestRam {
             };
         }
     }
-
-    /// Writes all memory that is not zero as a base layer to `file`.
-    ///
-    /// To be called in a process in which no vCPU and no device runs: the writer that was forked
-    /// for it. The pages read are those in the backing files and those that are private; all others
-    /// have never been touched.
-    pub fn write_base(&self, file: std::fs::File) -> Result<LayerSummary, RamError> {
-        let layer_error = |source| RamError::Layer { index: 0, source };
-        let map = self.page_map()?;
-        let mut writer = LayerWriter::new(file, self.layout.pages()).map_err(layer_error)?;
-        for run in merge([self.stored.as_slice(), map.private.as_slice()].into_iter()) {
-            // SAFETY: the run lies within the mapping; no vCPU and no other thread of this process
-            // writes to it while the slice lives (the caller's promise above).
-            let bytes = unsafe {
-                std::slice::from_raw_parts(self.base.as_ptr().add(run.offset() as usize), run.bytes() as usize)
-            };
-            store_nonzero(&mut writer, run.first, bytes).map_err(layer_error)?;
-        }
-        writer.finish().map_err(layer_error)
-    }
-}
-
-/// Stores those pages of `bytes`, which begins at page `first`, that are not all zero.
-fn store_nonzero(writer: &mut LayerWriter, first: u64, bytes: &[u8]) -> Result<(), LayerError> {
-    const PAGE: usize = PAGE_SIZE as usize;
-    let mut start = 0;
-    for (number, page) in bytes.chunks_exact(PAGE).enumerate() {
-        if is_zero(page) {
-            if start < number {
-                writer.store(first + start as u64, &bytes[start * PAGE..number * PAGE])?;
-            }
-            start = number + 1;
-        }
-    }
-    if start * PAGE < bytes.len() {
-        writer.store(first + start as u64, &bytes[start * PAGE..])?;
-    }
-    Ok(())
-}
-
-/// Whether a page is all zero; most are told from their first word.
-fn is_zero(page: &[u8]) -> bool {
-    page.chunks_exact(32).all(|chunk| chunk == [0; 32])
-}
-
-/// The union of lists of ascending runs.
-fn merge<'a>(lists: impl Iterator<Item = &'a [PageRun]>) -> Vec<PageRun> {
-    let mut all: Vec<PageRun> = lists.flatten().copied().collect();
-    all.sort_unstable();
-    let mut union: Vec<PageRun> = Vec::with_capacity(all.len());
-    for run in all {
-        match union.last_mut() {
-            Some(last) if last.end() >= run.first => last.count = last.end().max(run.end()) - last.first,
-            _ => union.push(run),
-        }
-    }
-    union
 }
 
 fn map_error(bytes: u64) -> impl FnOnce(rustix::io::Errno) -> RamError {
@@ -290,6 +276,9 @@ fn reserve(bytes: u64) -> Result<NonNull<u8>, RamError> {
 }
 
 /// Maps `bytes` from the reserved pool of 2 MiB pages.
+///
+/// Pages are taken when they are first written, not set aside now: what is set aside only this process could
+/// use, not the copies forked from it, and a copy that writes while the pool has nothing free is ended by SIGBUS.
 fn reserve_huge(bytes: u64) -> Result<NonNull<u8>, RamError> {
     let needed = bytes / GRANULE;
     let free = std::fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
@@ -305,7 +294,7 @@ fn reserve_huge(bytes: u64) -> Result<NonNull<u8>, RamError> {
             ptr::null_mut(),
             bytes as usize,
             ProtFlags::READ | ProtFlags::WRITE,
-            MapFlags::PRIVATE | MapFlags::HUGETLB | MapFlags::HUGE_2MB,
+            MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::HUGETLB | MapFlags::HUGE_2MB,
         )
     }
     .map_err(map_error(bytes))?;
@@ -339,6 +328,22 @@ fn map_file(base: NonNull<u8>, layer: &Layer, run: PageRun) -> Result<(), RamErr
     .map_err(map_error(run.bytes()))
 }
 
+/// Maps fresh zeros privately over the guest memory at `base`; they take no memory until written.
+fn map_zeros(base: NonNull<u8>, run: PageRun) -> Result<(), RamError> {
+    // SAFETY: the run lies within the mapping at `base` (layers have its size), which is being set up:
+    // the fixed range replaces only pages to which nobody holds references.
+    unsafe {
+        rustix::mm::mmap_anonymous(
+            base.as_ptr().add(run.offset() as usize).cast(),
+            run.bytes() as usize,
+            ProtFlags::READ | ProtFlags::WRITE,
+            MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED,
+        )
+    }
+    .map(drop)
+    .map_err(map_error(run.bytes()))
+}
+
 /// Reads `runs` of `layer` into the guest memory at `base`.
 fn copy_runs(base: NonNull<u8>, layer: &Layer, runs: &[PageRun]) -> Result<(), RamError> {
     for run in runs {
@@ -354,28 +359,39 @@ fn copy_runs(base: NonNull<u8>, layer: &Layer, runs: &[PageRun]) -> Result<(), R
     Ok(())
 }
 
-/// Lays one upper layer over what is mapped at `base`.
-fn lay_over(base: NonNull<u8>, layer: &Layer, backing: Backing) -> Result<(), RamError> {
-    let long = |run: &PageRun| backing == Backing::File && run.count >= MAP_AT_LEAST;
-    let mut mapped = 0;
+/// Lays one upper layer over what is mapped at `base`: long runs by mapping them, as long as `areas`, which
+/// counts those, allows it. Returns the runs that were copied instead.
+fn lay_over(base: NonNull<u8>, layer: &Layer, backing: Backing, areas: &mut usize) -> Result<Vec<PageRun>, RamError> {
+    let mut copied = Vec::new();
+    let mut may_map = |run: &PageRun| {
+        let maps = backing == Backing::File && run.count >= MAP_AT_LEAST && *areas < MAP_AT_MOST;
+        *areas += usize::from(maps);
+        maps
+    };
     for run in layer.data() {
-        if long(run) && mapped < MAP_AT_MOST {
+        if may_map(run) {
             map_file(base, layer, *run)?;
-            mapped += 1;
         } else {
             copy_runs(base, layer, &[*run])?;
+            copied.push(*run);
         }
     }
     for run in layer.zero() {
-        // SAFETY: as in `copy_runs`.
-        unsafe { ptr::write_bytes(base.as_ptr().add(run.offset() as usize), 0, run.bytes() as usize) };
+        if may_map(run) {
+            map_zeros(base, *run)?;
+        } else {
+            // SAFETY: as in `copy_runs`.
+            unsafe { ptr::write_bytes(base.as_ptr().add(run.offset() as usize), 0, run.bytes() as usize) };
+            copied.push(*run);
+        }
     }
-    Ok(())
+    Ok(copied)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::LayerWriter;
     use vm_memory::{Bytes, GuestMemoryBackend};
 
     fn layout(mib: u64) -> MemoryLayout {
@@ -399,7 +415,7 @@ mod tests {
 
     #[test]
     fn exactly_the_written_pages_of_a_file_mapping_are_private() {
-        let ram = GuestRam::from_layers(layout(128), &[layer(128, &[(7, 1), (8, 2)])], Backing::File).expect("map");
+        let ram = GuestRam::from_layers(layout(128), [layer(128, &[(7, 1), (8, 2)])], Backing::File).expect("map");
         assert_eq!((byte(&ram, 7), byte(&ram, 8), byte(&ram, 9)), (1, 2, 0));
         assert_eq!(ram.page_map().expect("pagemap").private, []);
         for page in [8, 300, 301] {
@@ -411,7 +427,7 @@ mod tests {
 
     #[test]
     fn a_base_written_from_memory_is_that_memory_without_its_zero_pages() {
-        let ram = GuestRam::from_layers(layout(128), &[layer(128, &[(7, 1), (8, 2)])], Backing::File).expect("map");
+        let ram = GuestRam::from_layers(layout(128), [layer(128, &[(7, 1), (8, 2)])], Backing::File).expect("map");
         ram.memory().write_obj(3u8, GuestAddress(9 * PAGE_SIZE + 5)).expect("inside RAM");
         ram.memory().write_slice(&[0; PAGE_SIZE as usize], GuestAddress(8 * PAGE_SIZE)).expect("inside RAM");
         let file = tempfile::tempfile().expect("scratch");
@@ -419,7 +435,7 @@ mod tests {
         let written = Layer::open(file).expect("open");
         written.verify(|_| ()).expect("verify");
         assert_eq!(written.data(), [PageRun { first: 7, count: 1 }, PageRun { first: 9, count: 1 }]);
-        let copy = GuestRam::from_layers(layout(128), &[written], Backing::File).expect("map");
+        let copy = GuestRam::from_layers(layout(128), [written], Backing::File).expect("map");
         assert_eq!((byte(&copy, 7), byte(&copy, 8), byte(&copy, 9)), (1, 0, 3));
     }
 
@@ -428,7 +444,7 @@ mod tests {
         for backing in [Backing::File, Backing::TransparentHugePages] {
             let base = layer(128, &[(0, 1), (200, 1), (400, 1)]);
             let long: Vec<_> = (200..200 + MAP_AT_LEAST).map(|page| (page, 2)).collect();
-            let ram = GuestRam::from_layers(layout(128), &[base, layer(128, &long), layer(128, &[(201, 3)])], backing)
+            let ram = GuestRam::from_layers(layout(128), [base, layer(128, &long), layer(128, &[(201, 3)])], backing)
                 .expect("map");
             assert_eq!([0, 200, 201, 202, 400].map(|page| byte(&ram, page)), [1, 2, 3, 2, 1], "{backing:?}");
         }
@@ -436,7 +452,7 @@ mod tests {
 
     #[test]
     fn a_layer_of_another_size_is_refused() {
-        let error = GuestRam::from_layers(layout(256), &[layer(128, &[])], Backing::File).expect_err("wrong size");
+        let error = GuestRam::from_layers(layout(256), [layer(128, &[])], Backing::File).expect_err("wrong size");
         assert!(matches!(error, RamError::Layer { index: 0, source: LayerError::Size { .. } }), "{error:?}");
     }
 

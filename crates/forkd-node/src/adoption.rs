@@ -64,12 +64,7 @@ async fn end_helpers(host: &Host, rebooted: bool) -> NodeResult<()> {
 }
 
 async fn adopt(host: &Arc<Host>, roster: &Arc<Roster>, record: Record, rebooted: bool) {
-    let about = About {
-        id: record.id.clone(),
-        snapshot_tag: record.snapshot_tag.clone(),
-        created_at_unix: record.created_at_unix,
-        memory_limit_mib: record.memory_limit_mib,
-    };
+    let about = About { id: record.id.clone(), origin: record.origin.clone(), branches: record.branches.clone() };
     match &record.state {
         RecordState::Stopped { reason, at_unix } => {
             roster.insert(Sandbox::stopped(host, about, reason.clone(), *at_unix));

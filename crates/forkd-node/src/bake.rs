@@ -10,26 +10,27 @@
 //! The machine and the staged directory belong to the bake's own future; dropping it, as when the
 //! client goes away, is the same as failing.
 
-use std::collections::HashSet;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use forkd_proto::agent::{Eval, Exec, Pong};
-use forkd_proto::monitor::{BootConfig, Command, Contents, Launch, LaunchAction, Role, SnapshotFacts};
+use forkd_proto::monitor::{BootConfig, Contents, Launch, LaunchAction, Role, SnapshotFacts};
 use forkd_store::{Blob, Boot, SnapshotMeta, StagedSnapshot};
 use forkd_types::rest::{BakeEvent, BakeRequest};
 use forkd_types::{Digest, StageTimings, Tag};
 use tokio::sync::mpsc;
 
+use crate::claims::{Claim, Claims};
 use crate::console::{self, Follower};
 use crate::control::{Control, expect_event};
 use crate::error::{NodeError, NodeResult, with_causes};
 use crate::guest::Guest;
 use crate::host::{Host, Traces, blocking, unix_now};
-use crate::launch::{self, Launched, Owned, socket_pair};
-use crate::process::{Process, ProcessKey};
+use crate::launch::{self, Launched, Owned};
+use crate::process::ProcessKey;
+use crate::snapshot_writer::SnapshotWriter;
 use crate::snapshots;
 use crate::zygotes::Zygotes;
 
@@ -44,35 +45,6 @@ const STEP_OUTPUT_LIMIT: usize = 64 << 20;
 
 /// The vsock context id of every guest; guests are told apart by their monitor, not by it.
 const GUEST_CID: u32 = 3;
-
-/// Tags that are being baked.
-#[derive(Clone, Default)]
-pub(crate) struct Baking(Arc<Mutex<HashSet<Tag>>>);
-
-impl Baking {
-    fn claim(&self, tag: &Tag) -> NodeResult<Claim> {
-        if !self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(tag.clone()) {
-            return Err(NodeError::BakeInProgress { tag: tag.clone() });
-        }
-        Ok(Claim { baking: self.clone(), tag: tag.clone() })
-    }
-
-    /// Whether `tag` is being baked.
-    pub(crate) fn has(&self, tag: &Tag) -> bool {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).contains(tag)
-    }
-}
-
-struct Claim {
-    baking: Baking,
-    tag: Tag,
-}
-
-impl Drop for Claim {
-    fn drop(&mut self) {
-        self.baking.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.tag);
-    }
-}
 
 /// A bake whose request was checked and whose blobs are there.
 pub(crate) struct Bake {
@@ -110,12 +82,12 @@ impl Bake {
     pub(crate) async fn prepare(
         host: &Arc<Host>,
         zygotes: &Arc<Zygotes>,
-        baking: &Baking,
+        claims: &Claims,
         request: BakeRequest,
     ) -> NodeResult<Self> {
         let tag: Tag = request.tag.parse()?;
         check_machine(&request)?;
-        let claim = baking.claim(&tag)?;
+        let claim = claims.claim(&tag)?;
         let find = |what: &'static str, text: &str| {
             let digest = parse_digest(what, text)?;
             Ok::<_, NodeError>((what, digest))
@@ -192,14 +164,14 @@ impl Bake {
             NodeError::Bake { tag: self.tag.clone(), step: steps.current.clone(), reason }
         })?;
         steps.end();
-        Ok(BakeEvent::Done { snapshot: *snapshot, stages: steps.timings })
+        Ok(BakeEvent::Done { snapshot, stages: steps.timings })
     }
 
     /// Adds the machine's own account to the reason of a failure, unless the machine is well and it
-    /// was a program in it that failed.
+    /// was a program in it or the host's disk that failed.
     fn explain(&self, machine: &Machine, console: &std::path::Path, stage: &str, reason: Reason) -> Reason {
         let mut text = reason;
-        if matches!(stage, "run" | "warm") && machine.control.ending().is_none() {
+        if matches!(stage, "run" | "warm" | "write" | "publish") && machine.control.ending().is_none() {
             return text;
         }
         let log = launch::log_tail(&self.host.files.log(machine.traces.name()), 10);
@@ -307,30 +279,10 @@ impl Bake {
         let staged =
             blocking("staging a snapshot", move || store.stage(&tag)).await.map_err(|error| error.to_string())?;
         let staged = staged.map_err(|error| with_causes(&error))?;
-        let (ours, theirs) = socket_pair().map_err(|error| format!("cannot make a control socket: {error}"))?;
-        let mut request = Fds::default();
-        request.add(Role::Control, theirs);
-        let dir =
-            staged.dir().try_clone_to_owned().map_err(|error| format!("cannot hand over the directory: {error}"))?;
-        request.add(Role::SnapshotDir, dir);
-        request.add(Role::DiskOverlay, self.overlay().map_err(|error| with_causes(&error))?);
-        let (_writer, written) = Control::expecting("snapshot writer", ours);
-        let command = Command::Snapshot { fds: request.roles, contents: Contents::Whole };
-        let limit = self.host.config.snapshot_deadline;
-        let writing = async {
-            let event = machine.control.request(&command, request.fds).wait().await.map_err(|e| e.to_string())?;
-            let (pid, _stages) =
-                expect_event!(machine.traces.name(), event, Forked { pid, stages }).map_err(|e| e.to_string())?;
-            // A writer that is done already has nothing left to end.
-            let _process = Process::open(pid).ok().map(Owned);
-            let event = written.wait().await.map_err(|error| error.to_string())?;
-            let (facts, stages) =
-                expect_event!("snapshot writer", event, Written { facts, stages }).map_err(|e| e.to_string())?;
-            Ok::<_, Reason>((facts, stages))
-        };
-        let (facts, stages) = tokio::time::timeout(limit, writing)
-            .await
-            .map_err(|_| format!("the snapshot was not written within {} s", limit.as_secs()))??;
+        let disks = 1;
+        let writer = SnapshotWriter::fork(&self.host, &machine.control, disks, &staged, Contents::Whole).await;
+        let written = writer.map_err(|error| error.to_string())?.finish(&self.host).await;
+        let (facts, stages) = written.map_err(|reason| format!("{reason}, in {}", staged.path().display()))?;
         for stage in stages.0 {
             steps.timings.record(&format!("write.{}", stage.name), Duration::from_micros(stage.us));
         }
@@ -358,7 +310,7 @@ impl Bake {
             let mut meta = SnapshotMeta::new(tag, unix_now(), &facts, vmstate_bytes, &disks, boot);
             meta.warm = pong.warm;
             let snapshot = store.publish(staged, meta, replace)?;
-            let stored: u64 = stored_bytes(&snapshot.dir);
+            let stored = snapshots::stored_bytes(&snapshot.dir);
             Ok::<_, forkd_store::StoreError>(snapshots::ready_info(&snapshot, Some(stored)))
         });
         let published = publishing.await.map_err(|error| error.to_string())?;
@@ -366,13 +318,6 @@ impl Bake {
         self.zygotes.discard(&self.tag);
         published.map_err(|error| with_causes(&error))
     }
-}
-
-/// What the files of a directory occupy on disk.
-fn stored_bytes(dir: &std::path::Path) -> u64 {
-    use std::os::unix::fs::MetadataExt;
-    let entries = dir.read_dir().into_iter().flatten().flatten();
-    entries.filter_map(|entry| entry.metadata().ok()).map(|metadata| metadata.blocks() * 512).sum()
 }
 
 /// Descriptors of one message with what they are.
@@ -483,16 +428,5 @@ mod tests {
         ] {
             assert!(matches!(check_machine(&request(bad.clone())), Err(NodeError::BadField { .. })), "{bad}");
         }
-    }
-
-    #[test]
-    fn a_tag_is_baked_once_at_a_time() {
-        let baking = Baking::default();
-        let tag: Tag = "py".parse().expect("legal tag");
-        let claim = baking.claim(&tag).expect("free");
-        assert!(baking.has(&tag));
-        assert!(matches!(baking.claim(&tag), Err(NodeError::BakeInProgress { .. })));
-        drop(claim);
-        assert!(!baking.has(&tag));
     }
 }

@@ -167,6 +167,11 @@ impl Control {
         control
     }
 
+    /// The monitor's name.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
     /// Sends `command` with `fds`, which are closed here once sent.
     pub(crate) fn request(&self, command: &Command, fds: Vec<OwnedFd>) -> Answer {
         self.post(command, fds)

@@ -2,14 +2,23 @@
 
 use forkd_store::CpuFacts;
 
+/// Flags that tell how many processors the host has and how they are arranged. They are no abilities:
+/// a guest is told of its own topology.
+const TOPOLOGY: [&str; 5] = ["amd_dcm", "cmp_legacy", "ht", "nodeid_msr", "xtopology"];
+
 /// What this host's first processor is and can do.
 pub(crate) fn host() -> std::io::Result<CpuFacts> {
     Ok(parse(&std::fs::read_to_string("/proc/cpuinfo")?))
 }
 
-/// Features that `needed` has and `host` lacks, sorted.
+/// Features that `needed` has and `host` lacks, sorted. Snapshots may list topology flags too.
 pub(crate) fn missing<'a>(needed: &'a CpuFacts, host: &CpuFacts) -> Vec<&'a str> {
-    needed.features.iter().filter(|feature| !host.features.contains(feature)).map(String::as_str).collect()
+    let lacks = |feature: &&String| !host.features.contains(feature) && is_ability(feature);
+    needed.features.iter().filter(lacks).map(String::as_str).collect()
+}
+
+fn is_ability(flag: &str) -> bool {
+    !TOPOLOGY.contains(&flag)
 }
 
 fn parse(cpuinfo: &str) -> CpuFacts {
@@ -22,7 +31,10 @@ fn parse(cpuinfo: &str) -> CpuFacts {
             "cpu family" => facts.family = value.parse().unwrap_or_default(),
             "model" => facts.model = value.parse().unwrap_or_default(),
             "stepping" => facts.stepping = value.parse().unwrap_or_default(),
-            "flags" => facts.features = value.split_ascii_whitespace().map(str::to_owned).collect(),
+            "flags" => {
+                let abilities = value.split_ascii_whitespace().filter(|flag| is_ability(flag));
+                facts.features = abilities.map(str::to_owned).collect();
+            }
             _ => {}
         }
     }
@@ -44,5 +56,15 @@ mod tests {
         assert_eq!(facts.features, ["avx2", "fpu", "sse2"]);
         let host = CpuFacts { features: vec!["fpu".into(), "sse2".into()], ..CpuFacts::default() };
         assert_eq!(missing(&facts, &host), ["avx2"]);
+    }
+
+    #[test]
+    fn how_many_processors_the_host_has_is_neither_recorded_nor_compared() {
+        let facts = parse("vendor_id\t: AuthenticAMD\nflags\t\t: fpu ht cmp_legacy xtopology\n");
+        assert_eq!(facts.features, ["fpu"]);
+        // As snapshots have recorded it.
+        let recorded = CpuFacts { features: ["cmp_legacy", "fpu", "ht"].map(str::to_owned).into(), ..facts.clone() };
+        assert_eq!(missing(&recorded, &facts), Vec::<&str>::new());
+        assert_eq!(missing(&recorded, &CpuFacts::default()), ["fpu"]);
     }
 }

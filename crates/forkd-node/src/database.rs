@@ -10,7 +10,7 @@ use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use forkd_types::{SandboxId, Tag};
+use forkd_types::{Digest, SandboxId, Tag};
 use rusqlite::{Connection, OptionalExtension, Row, params};
 use tokio::sync::oneshot;
 
@@ -64,10 +64,11 @@ pub enum DatabaseError {
 }
 
 /// The schema version that this code writes.
-const CURRENT: u32 = 1;
+const CURRENT: u32 = 2;
 
 /// Step N brings a database of version N to version N + 1.
-const MIGRATIONS: [&str; CURRENT as usize] = ["
+const MIGRATIONS: [&str; CURRENT as usize] = [
+    "
 CREATE TABLE sandbox (
     id               TEXT PRIMARY KEY,
     snapshot_tag     TEXT NOT NULL,
@@ -91,7 +92,14 @@ CREATE TABLE counter (name TEXT PRIMARY KEY, next INTEGER NOT NULL) STRICT;
 INSERT INTO counter VALUES ('sandbox', 0);
 -- Process start times count from the boot of this kernel.
 CREATE TABLE boot (id TEXT NOT NULL) STRICT;
-"];
+",
+    "
+ALTER TABLE sandbox ADD COLUMN snapshot_digest TEXT;
+ALTER TABLE sandbox ADD COLUMN forked_from TEXT;
+ALTER TABLE sandbox ADD COLUMN branches INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE sandbox ADD COLUMN last_branch TEXT;
+",
+];
 
 /// Where a recorded sandbox is in its life; see [`crate::sandbox`].
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -109,25 +117,37 @@ pub(crate) enum RecordState {
     },
 }
 
+/// What a sandbox came from; equal for all that one request made.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct Origin {
+    /// The snapshot whose memory and disks it changes, itself or by way of sandboxes it is a copy of.
+    pub(crate) snapshot_tag: Tag,
+    /// Digest of that snapshot's description; none when an earlier release made the sandbox.
+    pub(crate) snapshot_digest: Option<Digest>,
+    /// The sandbox it is a copy of.
+    pub(crate) forked_from: Option<SandboxId>,
+    pub(crate) created_at_unix: u64,
+    pub(crate) memory_limit_mib: Option<u64>,
+    pub(crate) disks: usize,
+}
+
+/// The snapshots that were taken of a sandbox.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub(crate) struct Branches {
+    /// How many were tried.
+    pub(crate) count: u64,
+    /// Memory file of the newest.
+    pub(crate) last: Option<String>,
+}
+
 /// One recorded sandbox.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) struct Record {
     pub(crate) id: SandboxId,
-    pub(crate) snapshot_tag: Tag,
+    pub(crate) origin: Origin,
     pub(crate) state: RecordState,
-    pub(crate) created_at_unix: u64,
-    pub(crate) memory_limit_mib: Option<u64>,
+    pub(crate) branches: Branches,
     pub(crate) process: Option<ProcessKey>,
-    pub(crate) disks: usize,
-}
-
-/// A spawn's part of every record it makes.
-#[derive(Clone, Debug)]
-pub(crate) struct Batch {
-    pub(crate) snapshot_tag: Tag,
-    pub(crate) created_at_unix: u64,
-    pub(crate) memory_limit_mib: Option<u64>,
-    pub(crate) disks: usize,
 }
 
 /// What a job leaves to do once it is known whether its transaction was committed.
@@ -166,7 +186,7 @@ impl Database {
 
     /// Reserves as many consecutive sequence numbers as `count` and records a starting sandbox for
     /// each; returns their ids.
-    pub(crate) async fn begin(&self, batch: Batch, count: u32) -> Result<Vec<SandboxId>, DatabaseError> {
+    pub(crate) async fn begin(&self, origin: Origin, count: u32) -> Result<Vec<SandboxId>, DatabaseError> {
         self.call("record a spawn", move |db| {
             let first: u64 = db.query_row(
                 "UPDATE counter SET next = next + ?1 WHERE name = 'sandbox' RETURNING next - ?1",
@@ -174,18 +194,21 @@ impl Database {
                 |row| row.get(0),
             )?;
             let mut insert = db.prepare_cached(
-                "INSERT INTO sandbox (id, snapshot_tag, state, created_at_unix, memory_limit_mib, disks)
-                 VALUES (?1, ?2, 'starting', ?3, ?4, ?5)",
+                "INSERT INTO sandbox (id, snapshot_tag, snapshot_digest, forked_from, state, created_at_unix,
+                                      memory_limit_mib, disks)
+                 VALUES (?1, ?2, ?3, ?4, 'starting', ?5, ?6, ?7)",
             )?;
             (first..first + u64::from(count))
                 .map(|sequence| {
-                    let id = SandboxId::new(batch.created_at_unix, sequence);
+                    let id = SandboxId::new(origin.created_at_unix, sequence);
                     insert.execute(params![
                         id.as_str(),
-                        batch.snapshot_tag.as_str(),
-                        batch.created_at_unix,
-                        batch.memory_limit_mib,
-                        batch.disks
+                        origin.snapshot_tag.as_str(),
+                        origin.snapshot_digest.map(|digest| digest.to_string()),
+                        origin.forked_from.as_ref().map(SandboxId::as_str),
+                        origin.created_at_unix,
+                        origin.memory_limit_mib,
+                        origin.disks
                     ])?;
                     Ok(id)
                 })
@@ -226,6 +249,17 @@ impl Database {
                  WHERE id = ?1",
             )?
             .execute(params![id.as_str(), reason, at_unix])
+        });
+    }
+
+    /// Notes what snapshots were taken of a sandbox; does not wait.
+    pub(crate) fn note_branches(&self, id: SandboxId, branches: Branches) {
+        self.post("note a branch", move |db| {
+            db.prepare_cached("UPDATE sandbox SET branches = ?2, last_branch = ?3 WHERE id = ?1")?.execute(params![
+                id.as_str(),
+                branches.count,
+                branches.last
+            ])
         });
     }
 
@@ -406,24 +440,28 @@ fn record_from(row: &Row<'_>) -> rusqlite::Result<Result<Record, String>> {
         (Ok(id), Ok(tag)) => (id, tag),
         _ => return Ok(Err(format!("sandbox {id:?} of snapshot {tag:?} has no legal name"))),
     };
-    Ok(Ok(Record {
-        id,
+    let optional = |column: &str| row.get::<_, Option<String>>(column);
+    let origin = Origin {
         snapshot_tag,
-        state,
+        snapshot_digest: optional("snapshot_digest")?.and_then(|text| text.parse().ok()),
+        forked_from: optional("forked_from")?.and_then(|text| text.parse().ok()),
         created_at_unix: row.get("created_at_unix")?,
         memory_limit_mib: row.get("memory_limit_mib")?,
-        process,
         disks: row.get("disks")?,
-    }))
+    };
+    let branches = Branches { count: row.get("branches")?, last: optional("last_branch")? };
+    Ok(Ok(Record { id, origin, state, branches, process }))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn batch(at: u64) -> Batch {
-        Batch {
+    fn origin(at: u64) -> Origin {
+        Origin {
             snapshot_tag: "py".parse().expect("legal tag"),
+            snapshot_digest: Some(Digest::from_bytes([7; 32])),
+            forked_from: Some(SandboxId::new(1, 1)),
             created_at_unix: at,
             memory_limit_mib: Some(256),
             disks: 1,
@@ -435,11 +473,11 @@ mod tests {
         let dir = tempfile::tempdir().expect("tempdir");
         let path = dir.path().join("forkd.db");
         let db = Database::open(&path).expect("open");
-        let first = db.begin(batch(7), 2).await.expect("begin");
+        let first = db.begin(origin(7), 2).await.expect("begin");
         assert_eq!(first.iter().map(SandboxId::as_str).collect::<Vec<_>>(), ["sb-7-0000", "sb-7-0001"]);
         drop(db);
         let db = Database::open(&path).expect("open again");
-        assert_eq!(db.begin(batch(7), 1).await.expect("begin")[0].as_str(), "sb-7-0002");
+        assert_eq!(db.begin(origin(7), 1).await.expect("begin")[0].as_str(), "sb-7-0002");
     }
 
     #[tokio::test]
@@ -447,11 +485,13 @@ mod tests {
         let dir = tempfile::tempdir().expect("tempdir");
         let path = dir.path().join("forkd.db");
         let db = Database::open(&path).expect("open");
-        let ids = db.begin(batch(7), 3).await.expect("begin");
+        let ids = db.begin(origin(7), 3).await.expect("begin");
         let process = ProcessKey { pid: 41, started: 4_000_000_000 };
         db.note_process(ids[2].clone(), process);
         db.running(vec![(ids[0].clone(), process), (ids[1].clone(), process)]).await.expect("running");
         db.stopped(ids[1].clone(), "was struck".to_owned(), 9);
+        let branches = Branches { count: 2, last: Some("/s/b/memory.layer".to_owned()) };
+        db.note_branches(ids[0].clone(), branches.clone());
         drop(db);
         let db = Database::open(&path).expect("open again");
         let records = db.sandboxes().await.expect("read");
@@ -463,6 +503,8 @@ mod tests {
                 (RecordState::Starting, Some(process)),
             ]
         );
+        assert_eq!((&records[0].origin, &records[0].branches), (&origin(7), &branches));
+        assert_eq!(records[1].branches, Branches::default());
         db.forget(ids);
         assert!(db.sandboxes().await.expect("read").is_empty());
     }
@@ -472,7 +514,7 @@ mod tests {
         let dir = tempfile::tempdir().expect("tempdir");
         let db = Database::open(&dir.path().join("forkd.db")).expect("open");
         let bad = db.call("fail", |db| db.execute("INSERT INTO nowhere VALUES (1)", []));
-        let good = db.begin(batch(1), 1);
+        let good = db.begin(origin(1), 1);
         let (bad, good) = tokio::join!(bad, good);
         assert!(bad.expect_err("no such table").to_string().contains("nowhere"));
         good.expect("unharmed");
@@ -491,6 +533,22 @@ mod tests {
         assert!(!db.host_rebooted("a".to_owned()).await.expect("first start"));
         assert!(!db.host_rebooted("a".to_owned()).await.expect("same boot"));
         assert!(db.host_rebooted("b".to_owned()).await.expect("another boot"));
+    }
+
+    #[tokio::test]
+    async fn sandboxes_of_the_first_schema_are_read() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let path = dir.path().join("forkd.db");
+        let old = Connection::open(&path).expect("open");
+        old.execute_batch(MIGRATIONS[0]).expect("the schema as first released");
+        old.pragma_update(None, "user_version", 1).expect("note its version");
+        old.execute_batch("INSERT INTO sandbox (id, snapshot_tag, state, created_at_unix, disks) VALUES ('sb-7-0000', 'py', 'running', 7, 1)")
+            .expect("a row as first released");
+        drop(old);
+        let db = Database::open(&path).expect("migrate");
+        let records = db.sandboxes().await.expect("read");
+        assert_eq!(records[0].origin.snapshot_digest, None);
+        assert_eq!(records[0].branches, Branches::default());
     }
 
     #[test]

@@ -67,9 +67,9 @@ pub enum NodeError {
         /// The features, separated by spaces.
         missing: String,
     },
-    /// A bake of this tag is under way.
-    #[error("a bake of snapshot {tag} is under way; wait for it or choose another tag")]
-    BakeInProgress {
+    /// A snapshot of this tag is being made.
+    #[error("a snapshot {tag} is being made already; wait for it or choose another tag")]
+    SnapshotInProgress {
         /// The tag.
         tag: Tag,
     },
@@ -89,6 +89,42 @@ pub enum NodeError {
         /// What was being done.
         step: String,
         /// Why it failed, with the end of the guest's console where that helps.
+        reason: String,
+    },
+    /// A snapshot of a running sandbox could not be made; the sandbox runs on.
+    #[error("branch: snapshot {tag} was not made: {reason}")]
+    Branch {
+        /// The tag.
+        tag: Tag,
+        /// Why.
+        reason: String,
+    },
+    /// The sandbox has no such checkpoint.
+    #[error("sandbox {id} has no checkpoint {wanted}; it has {}", if .have.is_empty() { "none".to_owned() } else { .have.join(", ") })]
+    CheckpointNotFound {
+        /// The sandbox.
+        id: SandboxId,
+        /// What was asked for.
+        wanted: String,
+        /// The names of those there are.
+        have: Vec<String>,
+    },
+    /// The sandbox has a checkpoint of that name.
+    #[error("sandbox {id} has a checkpoint {name} already; choose another name or remove it")]
+    CheckpointExists {
+        /// The sandbox.
+        id: SandboxId,
+        /// The name.
+        name: String,
+    },
+    /// A sandbox could not be brought back to a checkpoint; it is as it was.
+    #[error("cannot rewind sandbox {id} to {name}: {reason}")]
+    Rewind {
+        /// The sandbox.
+        id: SandboxId,
+        /// The checkpoint.
+        name: String,
+        /// Why.
         reason: String,
     },
     /// A zygote could not be made ready.
@@ -173,9 +209,13 @@ impl NodeError {
             Self::SandboxStopped { .. } => "sandbox_stopped",
             Self::SnapshotNotReady { .. } => "snapshot_not_ready",
             Self::ProcessorLacks { .. } => "processor_lacks_features",
-            Self::BakeInProgress { .. } => "bake_in_progress",
+            Self::SnapshotInProgress { .. } => "snapshot_in_progress",
             Self::BlobMissing { .. } => "blob_missing",
             Self::Bake { .. } => "bake_failed",
+            Self::Branch { .. } => "branch_failed",
+            Self::CheckpointNotFound { .. } => "checkpoint_not_found",
+            Self::CheckpointExists { .. } => "checkpoint_exists",
+            Self::Rewind { .. } => "rewind_failed",
             Self::Zygote { .. } => "zygote_failed",
             Self::AllFailed { .. } => "spawn_failed",
             Self::Guest { source: GuestError::OutputTooLarge { .. }, .. } => "output_too_large",

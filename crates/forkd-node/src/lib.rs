@@ -16,19 +16,30 @@
 //! | `sandbox` | the lifecycle of one child |
 //! | `adoption` | finding running sandboxes again after a restart |
 //! | `bake` | boot, warm, snapshot |
+//! | `birth` | one child, from its fork until its agent answers |
+//! | `frozen` | copies of running machines that hold still |
+//! | `checkpoints` | frozen copies that a sandbox can be brought back to |
+//! | `branch`, `compact` | snapshots of running sandboxes, and of snapshots |
+//! | `snapshot_writer` | the process that writes a snapshot's files |
 //! | `guest` | requests to the agent in a guest |
 //! | `run_files` | sockets, consoles and scratch files |
 //! | `database` | what must outlive this process |
 
 mod adoption;
 mod bake;
+mod birth;
+mod branch;
 mod cgroup;
+mod checkpoints;
+mod claims;
+mod compact;
 mod config;
 mod console;
 mod control;
 mod cpu;
 mod database;
 mod error;
+mod frozen;
 mod guest;
 mod host;
 mod launch;
@@ -37,6 +48,7 @@ mod node;
 mod process;
 mod run_files;
 mod sandbox;
+mod snapshot_writer;
 mod snapshots;
 mod spawn;
 mod zygotes;

@@ -1,4 +1,4 @@
-//! What one monitor costs its host, from `/proc`.
+//! What one monitor costs its host, and huge pages the host has left.
 
 use std::io;
 
@@ -20,6 +20,16 @@ pub(crate) fn of_process(pid: i32) -> io::Result<ProcessMemory> {
     parse(&rollup, &status).ok_or_else(|| {
         io::Error::new(io::ErrorKind::InvalidData, format!("/proc/{pid}/smaps_rollup or status lacks a size"))
     })
+}
+
+/// Bytes in reserved 2 MiB pages that nobody uses or was promised; none where the kernel has no such pages.
+pub(crate) fn free_huge_page_bytes() -> u64 {
+    let count = |name: &str| -> Option<u64> {
+        let path = format!("/sys/kernel/mm/hugepages/hugepages-2048kB/{name}");
+        std::fs::read_to_string(path).ok()?.trim().parse().ok()
+    };
+    let free = count("free_hugepages").unwrap_or(0);
+    free.saturating_sub(count("resv_hugepages").unwrap_or(0)) << 21
 }
 
 fn parse(rollup: &str, status: &str) -> Option<ProcessMemory> {

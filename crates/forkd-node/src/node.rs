@@ -9,16 +9,19 @@ use forkd_proto::agent::{Eval, Evaluated, Exec, Pong};
 use forkd_proto::monitor::Command;
 use forkd_store::{BlobWriter, Listed, Store, StoreError};
 use forkd_types::rest::{
-    BakeEvent, BakeRequest, EvalRequest, EvalResponse, ExecRequest, ExecResponse, SandboxInfo, SandboxMemory,
-    SnapshotInfo, SpawnReport, SpawnRequest,
+    BakeEvent, BakeRequest, BranchRequest, CheckpointInfo, CheckpointRequest, EvalRequest, EvalResponse, ExecRequest,
+    ExecResponse, ForkRequest, RewindRequest, SandboxInfo, SandboxMemory, SnapshotInfo, SpawnReport, SpawnRequest,
 };
 use forkd_types::{Digest, PageCount, SandboxId, Tag};
 use rustix::process::{Resource, Rlimit};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
-use crate::bake::{Bake, Baking};
+use crate::bake::Bake;
+use crate::branch::{Brancher, FailedBranches};
 use crate::cgroup::Cgroups;
+use crate::checkpoints::Checkpoints;
+use crate::claims::Claims;
 use crate::config::NodeConfig;
 use crate::control::expect_event;
 use crate::database::Database;
@@ -46,7 +49,8 @@ pub struct Node {
     host: Arc<Host>,
     zygotes: Arc<Zygotes>,
     roster: Arc<Roster>,
-    baking: Baking,
+    checkpoints: Arc<Checkpoints>,
+    brancher: Brancher,
     _tidying: Arc<AbortOnDrop>,
 }
 
@@ -77,14 +81,23 @@ impl Node {
         let roster = Roster::new(Arc::clone(&host));
         adoption::adopt_all(&host, &roster).await?;
         let zygotes = Arc::new(Zygotes::new(Arc::clone(&host)));
-        let tidying = tokio::spawn(tidy(Arc::clone(&host), Arc::clone(&zygotes), Arc::clone(&roster)));
-        Ok(Self { host, zygotes, roster, baking: Baking::default(), _tidying: Arc::new(AbortOnDrop(tidying)) })
+        let checkpoints = Arc::new(Checkpoints::new(Arc::clone(&host), Arc::clone(&roster)));
+        let brancher = Brancher {
+            host: Arc::clone(&host),
+            zygotes: Arc::clone(&zygotes),
+            claims: Claims::default(),
+            failed: FailedBranches::default(),
+        };
+        let tidying =
+            tokio::spawn(tidy(Arc::clone(&host), Arc::clone(&zygotes), Arc::clone(&roster), Arc::clone(&checkpoints)));
+        Ok(Self { host, zygotes, roster, checkpoints, brancher, _tidying: Arc::new(AbortOnDrop(tidying)) })
     }
 
     /// Ends every sandbox and waits until the monitors have ended.
     pub async fn kill_all(&self) {
         for sandbox in self.roster.all() {
             let running = sandbox.running();
+            self.checkpoints.forget(&sandbox.id);
             if self.roster.remove(&sandbox.id).is_ok()
                 && let Ok(running) = running
             {
@@ -110,11 +123,54 @@ impl Node {
     /// A snapshot that is being baked is not ready, rather than not there.
     fn explain_unready(&self, error: NodeError) -> NodeError {
         match error {
-            NodeError::Store(StoreError::NotFound { tag }) if self.baking.has(&tag) => {
-                NodeError::SnapshotNotReady { tag, reason: "it is still being baked".to_owned() }
+            NodeError::Store(StoreError::NotFound { tag }) if self.brancher.claims.has(&tag) => {
+                NodeError::SnapshotNotReady { tag, reason: "it is still being made".to_owned() }
             }
+            NodeError::Store(StoreError::NotFound { tag }) => match self.brancher.failed.reason(&tag) {
+                Some(reason) => NodeError::SnapshotNotReady { tag, reason },
+                None => StoreError::NotFound { tag }.into(),
+            },
             other => other,
         }
+    }
+
+    /// Copies a running sandbox; all copies are of one instant. The sandbox runs on, whatever comes.
+    pub async fn fork(&self, id: &SandboxId, request: &ForkRequest, arrived: Instant) -> NodeResult<SpawnReport> {
+        let sandbox = self.roster.get(id)?;
+        spawn::fork(&self.host, &self.roster, &sandbox, request, arrived).await
+    }
+
+    /// Takes a snapshot of a running sandbox. The sandbox runs on, whatever comes.
+    pub async fn branch(&self, id: &SandboxId, request: &BranchRequest) -> NodeResult<SnapshotInfo> {
+        let sandbox = self.roster.get(id)?;
+        let _turn = sandbox.turn.lock().await;
+        self.brancher.branch(&sandbox, request).await
+    }
+
+    /// Writes a snapshot anew as one that depends on no other.
+    pub async fn compact(&self, from: &Tag, to: &Tag) -> NodeResult<SnapshotInfo> {
+        self.brancher.compact(from, to).await
+    }
+
+    /// Freezes a sandbox as it is now.
+    pub async fn checkpoint(&self, id: &SandboxId, request: CheckpointRequest) -> NodeResult<CheckpointInfo> {
+        self.checkpoints.take(&self.roster.get(id)?, request).await
+    }
+
+    /// The checkpoints of a sandbox, oldest first.
+    pub async fn checkpoints(&self, id: &SandboxId) -> NodeResult<Vec<CheckpointInfo>> {
+        Ok(self.checkpoints.list(&*self.roster.get(id)?).await)
+    }
+
+    /// Removes one checkpoint of a sandbox.
+    pub fn remove_checkpoint(&self, id: &SandboxId, name: &str) -> NodeResult<()> {
+        self.roster.get(id)?;
+        self.checkpoints.remove(id, name)
+    }
+
+    /// Brings a sandbox back to a checkpoint, also one that ended.
+    pub async fn rewind(&self, id: &SandboxId, request: &RewindRequest) -> NodeResult<CheckpointInfo> {
+        self.checkpoints.rewind(&self.roster.get(id)?, request).await
     }
 
     /// All sandboxes in the order of their ids.
@@ -129,7 +185,9 @@ impl Node {
 
     /// Ends a sandbox at once and forgets it.
     pub fn kill(&self, id: &SandboxId) -> NodeResult<()> {
-        self.roster.remove(id)
+        self.roster.remove(id)?;
+        self.checkpoints.forget(id);
+        Ok(())
     }
 
     /// Runs a program to its end and collects its output.
@@ -225,8 +283,13 @@ impl Node {
     /// All snapshots in the order of their tags.
     pub async fn snapshots(&self) -> NodeResult<Vec<SnapshotInfo>> {
         let store = self.host.store.clone();
+        let mut failed = self.brancher.failed.all();
         blocking("listing snapshots", move || {
-            Ok(store.list()?.iter().map(|listed| snapshots::info(&store, listed)).collect())
+            let mut all: Vec<_> = store.list()?.iter().map(|listed| snapshots::info(&store, listed)).collect();
+            failed.retain(|info| all.iter().all(|there| there.tag != info.tag));
+            all.extend(failed);
+            all.sort_by(|one, other| one.tag.cmp(&other.tag));
+            Ok(all)
         })
         .await?
     }
@@ -240,6 +303,7 @@ impl Node {
 
     /// Removes a snapshot. Sandboxes that were forked from it live on.
     pub async fn remove_snapshot(&self, tag: &Tag, removal: Removal) -> NodeResult<()> {
+        let was_failed = self.brancher.failed.forget(tag);
         let (store, own) = (self.host.store.clone(), tag.clone());
         let removed = blocking("removing a snapshot", move || {
             let mut removed = Vec::new();
@@ -248,7 +312,11 @@ impl Node {
                 Removal::Cascade => store.descendants(&own)?,
             };
             for tag in doomed.into_iter().chain([own]) {
-                store.remove(&tag)?;
+                match store.remove(&tag) {
+                    // All there was of it is the memory of its failure, which is gone now.
+                    Err(StoreError::NotFound { .. }) if was_failed => {}
+                    done => done?,
+                }
                 removed.push(tag);
             }
             Ok::<_, StoreError>(removed)
@@ -294,7 +362,7 @@ impl Node {
         request: BakeRequest,
         events: mpsc::Sender<BakeEvent>,
     ) -> NodeResult<impl Future<Output = ()> + Send + use<>> {
-        let bake = Bake::prepare(&self.host, &self.zygotes, &self.baking, request).await?;
+        let bake = Bake::prepare(&self.host, &self.zygotes, &self.brancher.claims, request).await?;
         Ok(bake.run(events))
     }
 
@@ -371,13 +439,14 @@ fn raise_descriptor_limit() {
     }
 }
 
-async fn tidy(host: Arc<Host>, zygotes: Arc<Zygotes>, roster: Arc<Roster>) {
+async fn tidy(host: Arc<Host>, zygotes: Arc<Zygotes>, roster: Arc<Roster>, checkpoints: Arc<Checkpoints>) {
     let mut ticks = tokio::time::interval(TIDY_EVERY);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
         zygotes.retire_idle();
         roster.forget_stopped();
+        checkpoints.forget_orphans();
         let consoles: Vec<_> = roster.all().iter().map(|sandbox| host.files.console(sandbox.id.as_str())).collect();
         let cut = blocking("looking at consoles", move || {
             for path in consoles {

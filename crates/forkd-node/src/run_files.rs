@@ -96,6 +96,15 @@ impl RunFiles {
         }
     }
 
+    /// Gives the files of `from` the names of those of `to`, which they replace. A listening socket goes on
+    /// listening under its new name.
+    pub(crate) fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        for suffix in SUFFIXES {
+            std::fs::rename(self.run.join(format!("{from}.{suffix}")), self.run.join(format!("{to}.{suffix}")))?;
+        }
+        Ok(())
+    }
+
     /// Removes the log of monitor `name`.
     pub(crate) fn remove_log(&self, name: &str) {
         remove_quietly(&self.log(name));

@@ -3,8 +3,8 @@
 //! ```text
 //!            fork sent                 agent answered               monitor ends by itself
 //! (nothing) ──────────► Starting ───────────────────► Running ───────────────────────────► Stopped
-//!                           │ failure, deadline,         │ removed                            │ removed, or
-//!                           │ caller gone                │                                    │ kept long enough
+//!                           │ failure, deadline,         │ ▲ └──── rewound ────┘ ▲  rewound   │ removed, or
+//!                           │ caller gone        removed │ └─────────────────────┴────────────┤ kept long enough
 //!                           ▼                            ▼                                    ▼
 //!                       (nothing)  ◄── process ended, files unlinked, record forgotten ── (nothing)
 //! ```
@@ -14,13 +14,15 @@
 //! into or out of *Running* is recorded in the database.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
+use forkd_types::SandboxId;
 use forkd_types::rest::{GUEST_ADDR, SandboxInfo};
-use forkd_types::{SandboxId, Tag};
 
+use crate::checkpoints::rewinding_name;
 use crate::control::Control;
+use crate::database::{Branches, Origin};
 use crate::error::{NodeError, NodeResult};
 use crate::guest::Guest;
 use crate::host::{Host, unix_now};
@@ -46,11 +48,12 @@ enum Condition {
 /// One sandbox that clients know of.
 pub(crate) struct Sandbox {
     pub(crate) id: SandboxId,
-    pub(crate) snapshot_tag: Tag,
-    pub(crate) created_at_unix: u64,
-    pub(crate) memory_limit_mib: Option<u64>,
+    pub(crate) origin: Origin,
+    branches: Mutex<Branches>,
     guest: Guest,
     condition: Mutex<Condition>,
+    /// Held by what replaces or copies the machine, so that only one such thing is done at a time.
+    pub(crate) turn: tokio::sync::Mutex<()>,
 }
 
 impl Sandbox {
@@ -61,8 +64,9 @@ impl Sandbox {
 
     fn new(host: &Host, about: About, condition: Condition) -> Arc<Self> {
         let guest = Guest::behind(host.files.vsock(about.id.as_str()));
-        let About { id, snapshot_tag, created_at_unix, memory_limit_mib } = about;
-        Arc::new(Self { id, snapshot_tag, created_at_unix, memory_limit_mib, guest, condition: condition.into() })
+        let About { id, origin, branches } = about;
+        let (branches, condition) = (branches.into(), condition.into());
+        Arc::new(Self { id, origin, branches, guest, condition, turn: tokio::sync::Mutex::default() })
     }
 
     /// Its live part.
@@ -88,27 +92,41 @@ impl Sandbox {
             Condition::Running(running) => (Some(running.process.key().pid.unsigned_abs()), None),
             Condition::Stopped { reason, .. } => (None, Some(reason)),
         };
+        let Branches { count, last } = self.branches().clone();
         SandboxInfo {
             id: self.id.clone(),
-            snapshot_tag: self.snapshot_tag.clone(),
+            snapshot_tag: self.origin.snapshot_tag.clone(),
             netns: None,
             guest_addr: GUEST_ADDR.to_owned(),
-            created_at_unix: self.created_at_unix,
+            created_at_unix: self.origin.created_at_unix,
             pid,
-            memory_limit_mib: self.memory_limit_mib,
-            has_branched: false,
-            last_branch_memory_path: None,
-            branch_count: 0,
+            memory_limit_mib: self.origin.memory_limit_mib,
+            has_branched: count > 0,
+            last_branch_memory_path: last,
+            branch_count: count,
             stopped,
+            forked_from: self.origin.forked_from.clone(),
         }
+    }
+
+    /// Notes that a snapshot of it, with this memory file, was tried.
+    pub(crate) fn note_branch(&self, host: &Host, memory_file: String) {
+        let mut branches = self.branches();
+        branches.count += 1;
+        branches.last = Some(memory_file);
+        host.database.note_branches(self.id.clone(), branches.clone());
+    }
+
+    fn branches(&self) -> MutexGuard<'_, Branches> {
+        self.branches.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn condition(&self) -> Condition {
         self.condition.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    fn set_stopped(&self, reason: String, at_unix: u64) {
-        *self.condition.lock().unwrap_or_else(PoisonError::into_inner) = Condition::Stopped { reason, at_unix };
+    fn set(&self, condition: Condition) {
+        *self.condition.lock().unwrap_or_else(PoisonError::into_inner) = condition;
     }
 
     fn stopped_since(&self) -> Option<u64> {
@@ -123,9 +141,8 @@ impl Sandbox {
 #[derive(Clone, Debug)]
 pub(crate) struct About {
     pub(crate) id: SandboxId,
-    pub(crate) snapshot_tag: Tag,
-    pub(crate) created_at_unix: u64,
-    pub(crate) memory_limit_mib: Option<u64>,
+    pub(crate) origin: Origin,
+    pub(crate) branches: Branches,
 }
 
 /// A child that nobody has been told of yet; dropping it removes every trace.
@@ -183,8 +200,14 @@ impl Drop for Newborn {
 /// Removes what is left of a sandbox whose process has ended, or never was.
 pub(crate) fn clear(host: &Host, id: &SandboxId) {
     host.files.remove(id.as_str(), false);
-    host.cgroups.remove(id.as_str());
+    remove_groups(host, id);
     host.database.forget(vec![id.clone()]);
+}
+
+/// Removes the control groups of a sandbox: that of its first machine and that of those it was rewound to.
+fn remove_groups(host: &Host, id: &SandboxId) {
+    host.cgroups.remove(id.as_str());
+    host.cgroups.remove(&rewinding_name(id));
 }
 
 /// Every sandbox that clients know of.
@@ -227,6 +250,28 @@ impl Roster {
         self.insert(Arc::clone(&sandbox));
         tokio::spawn(Arc::clone(self).watch(Arc::clone(&sandbox), running));
         sandbox
+    }
+
+    /// Gives a sandbox another machine, whose run files are already in place; the one before is ended.
+    ///
+    /// # Errors
+    /// [`NodeError::SandboxNotFound`] when it was removed meanwhile; the new machine is ended then.
+    pub(crate) async fn replace(self: &Arc<Self>, sandbox: &Arc<Sandbox>, running: Running) -> NodeResult<()> {
+        let running = Arc::new(running);
+        let key = running.process.key();
+        {
+            let sandboxes = self.sandboxes.write().unwrap_or_else(PoisonError::into_inner);
+            if !sandboxes.get(&sandbox.id).is_some_and(|known| Arc::ptr_eq(known, sandbox)) {
+                running.process.kill();
+                return Err(NodeError::SandboxNotFound { id: sandbox.id.clone() });
+            }
+            if let Condition::Running(before) = sandbox.condition() {
+                before.process.kill();
+            }
+            sandbox.set(Condition::Running(Arc::clone(&running)));
+        }
+        tokio::spawn(Arc::clone(self).watch(Arc::clone(sandbox), running));
+        Ok(self.host.database.running(vec![(sandbox.id.clone(), key)]).await?)
     }
 
     /// Takes in a sandbox that is not running.
@@ -280,25 +325,40 @@ impl Roster {
                 }
             }
         };
-        if self.note_stopped(&sandbox, ending.describe()) {
-            self.host.files.remove(sandbox.id.as_str(), true);
-            self.host.cgroups.remove(sandbox.id.as_str());
-        } else {
-            clear(&self.host, &sandbox.id);
+        match self.note_stopped(&sandbox, &running, ending.describe()) {
+            Fate::Stopped => {
+                self.host.files.remove(sandbox.id.as_str(), true);
+                remove_groups(&self.host, &sandbox.id);
+            }
+            Fate::Removed => clear(&self.host, &sandbox.id),
+            Fate::Replaced => {}
         }
     }
 
-    /// Marks a sandbox as stopped unless it was removed; a removal sees it either running or stopped,
-    /// never in between.
-    fn note_stopped(&self, sandbox: &Arc<Sandbox>, reason: String) -> bool {
+    /// Marks a sandbox as stopped unless it was removed, or goes on in another machine; a removal sees it
+    /// either running or stopped, never in between.
+    fn note_stopped(&self, sandbox: &Arc<Sandbox>, ended: &Arc<Running>, reason: String) -> Fate {
         let sandboxes = self.sandboxes.write().unwrap_or_else(PoisonError::into_inner);
-        let known = sandboxes.get(&sandbox.id).is_some_and(|known| Arc::ptr_eq(known, sandbox));
-        if known {
-            let at_unix = unix_now();
-            tracing::warn!(sandbox = %sandbox.id, reason, "sandbox stopped");
-            sandbox.set_stopped(reason.clone(), at_unix);
-            self.host.database.stopped(sandbox.id.clone(), reason, at_unix);
+        if !sandboxes.get(&sandbox.id).is_some_and(|known| Arc::ptr_eq(known, sandbox)) {
+            return Fate::Removed;
         }
-        known
+        if !matches!(sandbox.condition(), Condition::Running(current) if Arc::ptr_eq(&current, ended)) {
+            return Fate::Replaced;
+        }
+        let at_unix = unix_now();
+        tracing::warn!(sandbox = %sandbox.id, reason, "sandbox stopped");
+        sandbox.set(Condition::Stopped { reason: reason.clone(), at_unix });
+        self.host.database.stopped(sandbox.id.clone(), reason, at_unix);
+        Fate::Stopped
     }
+}
+
+/// What became of a sandbox whose machine ended.
+enum Fate {
+    /// It is known as stopped now.
+    Stopped,
+    /// It had been removed.
+    Removed,
+    /// It has another machine.
+    Replaced,
 }

@@ -1,7 +1,7 @@
 //! Snapshots as clients see them.
 
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
 use forkd_store::{Checked, Listed, Outcome, Snapshot, Store, VMSTATE};
@@ -111,10 +111,9 @@ impl VerifyProgress {
 pub(crate) fn info(store: &Store, listed: &Listed) -> SnapshotInfo {
     match listed {
         Listed::Ready { snapshot, stored_bytes } => ready_info(snapshot, Some(*stored_bytes)),
-        Listed::Writing { tag } => SnapshotInfo {
-            status: SnapshotStatus::Writing,
-            ..unusable(tag, &store.root().join("snapshots").join(tag), None)
-        },
+        Listed::Writing { tag } => {
+            SnapshotInfo { status: SnapshotStatus::Writing, ..unusable(tag, &directory(store, tag), None) }
+        }
         Listed::Failed { tag, dir, reason, stored_bytes } => {
             SnapshotInfo { stored_bytes: Some(*stored_bytes), ..unusable(tag, dir, Some(reason.clone())) }
         }
@@ -130,6 +129,11 @@ pub(crate) fn ready_info(snapshot: &Snapshot, stored_bytes: Option<u64>) -> Snap
         created_at_unix: meta.created_at_unix,
         branched_from: meta.branched_from.clone(),
         pause_ms: meta.pause_us.map(|us| us / 1000),
+        diff_ms: meta.diff.map(|diff| diff.us / 1000),
+        diff_physical_bytes: meta.diff.map(|diff| diff.bytes),
+        diff_logical_bytes: meta.diff.map(|_| meta.memory_bytes),
+        stages: None,
+        parent_tag: meta.parent.as_ref().map(|parent| parent.tag.clone()),
         warning: None,
         status: SnapshotStatus::Ready,
         bootable: true,
@@ -138,7 +142,19 @@ pub(crate) fn ready_info(snapshot: &Snapshot, stored_bytes: Option<u64>) -> Snap
     }
 }
 
-fn unusable(tag: &Tag, dir: &Path, warning: Option<String>) -> SnapshotInfo {
+/// Where the snapshot `tag` is, or will be.
+pub(crate) fn directory(store: &Store, tag: &Tag) -> PathBuf {
+    store.root().join("snapshots").join(tag)
+}
+
+/// What the files of a directory occupy on disk.
+pub(crate) fn stored_bytes(dir: &Path) -> u64 {
+    let entries = dir.read_dir().into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.metadata().ok()).map(|metadata| metadata.blocks() * 512).sum()
+}
+
+/// A snapshot that cannot be used, as clients see it.
+pub(crate) fn unusable(tag: &Tag, dir: &Path, warning: Option<String>) -> SnapshotInfo {
     let modified = dir.metadata().and_then(|metadata| metadata.modified()).ok();
     SnapshotInfo {
         tag: tag.clone(),
@@ -146,6 +162,11 @@ fn unusable(tag: &Tag, dir: &Path, warning: Option<String>) -> SnapshotInfo {
         created_at_unix: modified.and_then(|at| at.duration_since(UNIX_EPOCH).ok()).map_or(0, |age| age.as_secs()),
         branched_from: None,
         pause_ms: None,
+        diff_ms: None,
+        diff_physical_bytes: None,
+        diff_logical_bytes: None,
+        stages: None,
+        parent_tag: None,
         warning,
         status: SnapshotStatus::Failed,
         bootable: false,

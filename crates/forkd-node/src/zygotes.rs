@@ -17,14 +17,14 @@ use std::time::Instant;
 
 use forkd_proto::monitor::{Backing, Launch, LaunchAction, Role, ZygoteConfig};
 use forkd_store::{Snapshot, StoreError};
-use forkd_types::Tag;
+use forkd_types::{Digest, Tag};
 use rustix::fs::{Mode, OFlags};
 
 use crate::control::{Control, expect_event};
 use crate::error::{NodeError, NodeResult};
 use crate::host::{Host, Traces, blocking};
 use crate::launch::{self, Launched, Owned};
-use crate::{cpu, process::ProcessKey};
+use crate::{cpu, memory, process::ProcessKey};
 
 /// What distinguishes zygotes.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
@@ -45,6 +45,18 @@ pub(crate) struct Zygote {
     pub(crate) control: Arc<Control>,
     /// How many disks a child needs overlays for.
     pub(crate) disks: usize,
+    /// Digest of the description of its snapshot.
+    pub(crate) snapshot_digest: Digest,
+    /// What it does otherwise than asked, for everyone who forks it.
+    pub(crate) warnings: Vec<String>,
+    memory_bytes: u64,
+}
+
+impl Zygote {
+    /// Whether it had to do without reserved huge pages that would be there now.
+    fn is_outgrown(&self, key: &ZygoteKey) -> bool {
+        key.huge_pages && !self.warnings.is_empty() && memory::free_huge_page_bytes() >= self.memory_bytes
+    }
 }
 
 impl Drop for Zygote {
@@ -79,7 +91,8 @@ impl Zygotes {
         };
         let mut held = slot.zygote.lock().await;
         *slot.used.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
-        if let Some(zygote) = held.as_ref().filter(|zygote| zygote.control.ending().is_none()) {
+        let usable = |zygote: &&Arc<Zygote>| zygote.control.ending().is_none() && !zygote.is_outgrown(key);
+        if let Some(zygote) = held.as_ref().filter(usable) {
             return Ok(Arc::clone(zygote));
         }
         *held = None;
@@ -135,13 +148,16 @@ impl Zygotes {
         let Launched { control, process, answer } = launch::launch(&self.host.config.vmm, &log, &message, fds)?;
         let process_key = process.0.key();
         self.host.database.note_helper(process_key, name.clone());
-        let zygote = Zygote {
+        let mut zygote = Zygote {
             host: Arc::clone(&self.host),
             key: process_key,
             _process: process,
             _traces: traces,
             control,
             disks: snapshot.meta.disks.len(),
+            snapshot_digest: snapshot.digest,
+            warnings: Vec::new(),
+            memory_bytes: 0,
         };
         let failed = |reason: String| {
             let log = launch::log_tail(&log, 10);
@@ -155,9 +171,10 @@ impl Zygotes {
             Err(_) => return Err(failed(format!("not ready after {} s", limit.as_secs()))),
         };
         let (vcpus, memory_bytes, warnings) = ready.map_err(|error| failed(error.to_string()))?;
-        for warning in warnings {
+        for warning in &warnings {
             tracing::warn!(zygote = name, warning);
         }
+        (zygote.warnings, zygote.memory_bytes) = (warnings, memory_bytes);
         tracing::info!(zygote = name, pid = process_key.pid, vcpus, memory_bytes, "zygote ready");
         Ok(zygote)
     }

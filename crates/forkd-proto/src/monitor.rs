@@ -27,8 +27,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::frame::{FrameError, HEADER_LEN, Header, Kind};
 
-/// The most descriptors one message carries.
-pub const MAX_FDS: usize = 32;
+/// The most descriptors one message carries; the kernel's own limit is 253. A zygote of a deep chain is given
+/// a memory and a disk layer for each of its snapshots.
+pub const MAX_FDS: usize = 250;
 
 /// What a descriptor that travels with a message is.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
@@ -280,8 +281,17 @@ pub struct SnapshotFacts {
     pub memory_digest: forkd_types::Digest,
     /// Pages in `memory.layer`.
     pub memory_pages: u64,
+    /// Pages that `memory.layer` records as zero although the parent's are not.
+    #[serde(default)]
+    pub memory_zero_pages: u64,
     /// Digest and number of blocks of each `disk-N.layer`.
     pub disks: Vec<(forkd_types::Digest, u64)>,
+    /// Blocks that each `disk-N.layer` records as zero although those underneath are not.
+    #[serde(default)]
+    pub disk_zero_blocks: Vec<u64>,
+    /// Bytes that the files take on disk, indexes and CPU state included.
+    #[serde(default)]
+    pub stored_bytes: u64,
 }
 
 /// Why a virtual machine stopped.

@@ -241,7 +241,10 @@ impl BlobWriter {
 impl Write for BlobWriter {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let writer = self.writer.as_mut().ok_or_else(|| io::Error::other("an earlier write to this blob failed"))?;
-        writer.write(bytes).inspect_err(|_| self.writer = None)
+        writer.write(bytes).map_err(|error| {
+            self.writer = None;
+            io::Error::new(error.kind(), format!("cannot write {}: {error}", self.staged.0.display()))
+        })
     }
 
     fn flush(&mut self) -> io::Result<()> {

@@ -31,8 +31,8 @@ mod verify;
 pub use blobs::{Blob, BlobEntry, BlobWriter};
 pub use error::{Result, StoreError};
 pub use meta::{
-    Boot, CURRENT, CpuFacts, DISK_LAYER_PREFIX, Disk, DiskLayer, MEMORY_LAYER, MemoryLayer, ParentRef, SNAPSHOT_JSON,
-    SnapshotMeta, VMSTATE, VmState, disk_layer_name,
+    Boot, CURRENT, CpuFacts, DISK_LAYER_PREFIX, DiffFacts, Disk, DiskLayer, MEMORY_LAYER, MemoryLayer, ParentRef,
+    SNAPSHOT_JSON, SnapshotMeta, VMSTATE, VmState, disk_layer_name,
 };
 pub use snapshots::{Listed, Snapshot};
 pub use staged::StagedSnapshot;

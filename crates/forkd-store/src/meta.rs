@@ -44,6 +44,9 @@ pub struct SnapshotMeta {
     /// How long that sandbox stood still, microseconds.
     #[serde(default)]
     pub pause_us: Option<u64>,
+    /// What had changed in that sandbox, when that was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub diff: Option<DiffFacts>,
     /// vCPUs.
     pub vcpus: u8,
     /// Guest memory in bytes.
@@ -63,6 +66,15 @@ pub struct SnapshotMeta {
     /// Languages whose runtime was running, warm.
     #[serde(default)]
     pub warm: Vec<String>,
+}
+
+/// What differs between a sandbox and the snapshot it was forked from.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct DiffFacts {
+    /// How long finding and writing it took, microseconds.
+    pub us: u64,
+    /// Changed memory as stored, bytes.
+    pub bytes: u64,
 }
 
 /// A snapshot that another one builds on.
@@ -172,6 +184,7 @@ impl SnapshotMeta {
             parent: None,
             branched_from: None,
             pause_us: None,
+            diff: None,
             vcpus: facts.vcpus,
             memory_bytes: facts.memory_bytes,
             memory_backing: Backing::default(),
@@ -258,7 +271,10 @@ pub(crate) mod tests {
             vmstate_digest: digest(1),
             memory_digest: digest(2),
             memory_pages: 23_456,
+            memory_zero_pages: 0,
             disks: vec![(digest(3), 789)],
+            disk_zero_blocks: vec![0],
+            stored_bytes: 0,
         };
         let boot = Boot {
             kernel: digest(4),

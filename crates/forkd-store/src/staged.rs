@@ -28,6 +28,8 @@ pub struct StagedSnapshot {
     tag: Tag,
     path: PathBuf,
     dir: OwnedFd,
+    /// Names of files that are a published snapshot's too.
+    linked: Vec<String>,
 }
 
 impl Store {
@@ -40,7 +42,7 @@ impl Store {
         let dir = rustix::fs::open(&path, OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
             .map_err(StoreError::io("open", &path))?;
         self.shared.changes().writing.push(tag.clone());
-        Ok(StagedSnapshot { store: self.clone(), tag: tag.clone(), path, dir })
+        Ok(StagedSnapshot { store: self.clone(), tag: tag.clone(), path, dir, linked: Vec::new() })
     }
 
     /// Publishes a staged snapshot: checks it against `meta`, writes `snapshot.json`, flushes
@@ -86,6 +88,16 @@ impl StagedSnapshot {
     /// The directory to write into, for a writer that cannot see its path.
     pub fn dir(&self) -> BorrowedFd<'_> {
         self.dir.as_fd()
+    }
+
+    /// Makes the file at `source`, which belongs to a published snapshot, also a file of this one, called
+    /// `name`. Nothing is copied: published files never change, and stay while anyone has them. To be done
+    /// when the writer has finished.
+    pub fn link(&mut self, source: &Path, name: &str) -> Result<()> {
+        let target = self.path.join(name);
+        std::fs::hard_link(source, &target).map_err(StoreError::io("link", &target))?;
+        self.linked.push(name.to_owned());
+        Ok(())
     }
 
     /// Gives the directory to another user, so that a writer without privileges can create files
@@ -138,7 +150,8 @@ impl StagedSnapshot {
             let file = rustix::fs::openat(&self.dir, name, flags, Mode::empty())
                 .map_err(StoreError::io("open the written file", &path))?;
             let stat = rustix::fs::fstat(&file).map_err(StoreError::io("stat", &path))?;
-            if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile || stat.st_nlink != 1 {
+            let shared = stat.st_nlink != 1 && !self.linked.iter().any(|linked| linked == name);
+            if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile || shared {
                 return Err(inconsistent(format!("{name} is not a regular file of its own")));
             }
             if name == VMSTATE && stat.st_size as u64 != meta.vmstate.bytes {

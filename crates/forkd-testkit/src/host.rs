@@ -13,7 +13,7 @@ use crate::{Output, Sandbox};
 /// Names the directory with the programs under test.
 const BIN_DIR: &str = "FORKD_BIN_DIR";
 /// The root disk of the tests: Python and numpy, as in the quick start.
-const NUMPY_DISK: &str = "debian:bookworm?include=python3-numpy";
+pub const NUMPY_DISK: &str = "debian:bookworm?include=python3-numpy";
 /// The snapshot made of it.
 const NUMPY_TAG: &str = "testkit-numpy";
 
@@ -56,6 +56,11 @@ impl Host {
         let data = workspace.join("target/testkit");
         std::fs::create_dir_all(&data)?;
         Ok(Self { forkd, data, numpy: OnceLock::new(), baking: Mutex::new(()) })
+    }
+
+    /// What is kept between runs.
+    pub(crate) fn data(&self) -> &Path {
+        &self.data
     }
 
     /// The directory of the programs under test.
@@ -102,6 +107,18 @@ impl Host {
         Ok(Output::new(command.join(" "), output.status, output.stdout, output.stderr))
     }
 
+    /// Copies the local file `from` to `to` on the daemon's host.
+    pub fn copy_to_daemon_host(&self, from: &Path, to: &str) -> Result<()> {
+        if !self.in_machine()? {
+            std::fs::copy(from, to).with_context(|| format!("cannot copy {} to {to}", from.display()))?;
+            return Ok(());
+        }
+        let command = ["machine", "exec", "-i", "--", "sh", "-c", "cat > \"$0\"", to];
+        let file = std::fs::File::open(from).with_context(|| format!("cannot open {}", from.display()))?;
+        let child = self.command(&command).stdin(file).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+        crate::patience::output(child, format!("forkd {}", command.join(" ")))?.success().map(drop)
+    }
+
     /// Whether the daemon runs inside `forkd machine`.
     pub fn in_machine(&self) -> Result<bool> {
         Ok(self.data.join("forkd/machine").is_dir())
@@ -142,7 +159,12 @@ impl Host {
 
     /// Bakes the numpy disk into the snapshot `tag` with further options of `from-image`.
     pub fn bake(&self, tag: &str, options: &[&str]) -> Result<Snapshot> {
-        let mut arguments = vec!["from-image", NUMPY_DISK, "--tag", tag];
+        self.bake_of(NUMPY_DISK, tag, options)
+    }
+
+    /// Bakes the disk `source` into the snapshot `tag` with further options of `from-image`.
+    pub fn bake_of(&self, source: &str, tag: &str, options: &[&str]) -> Result<Snapshot> {
+        let mut arguments = vec!["from-image", source, "--tag", tag];
         arguments.extend(options);
         self.forkd(&arguments)?.success()?;
         Ok(Snapshot { tag: tag.to_owned() })
@@ -157,6 +179,28 @@ impl Host {
             bail!("{} of {n} children came up; failures: {:?}", sandboxes.len(), report.failures);
         }
         Ok(sandboxes)
+    }
+
+    /// A sandbox that a test made by hand; it is killed when it goes out of scope.
+    pub fn adopt(&self, info: SandboxInfo) -> Sandbox<'_> {
+        Sandbox::new(self, info)
+    }
+
+    /// Bakes as [`Self::bake_of`] does, spawns one copy, asks it, and removes the snapshot.
+    pub fn once(
+        &self,
+        source: &str,
+        tag: &str,
+        options: &[&str],
+        ask: impl Fn(&Sandbox<'_>) -> Result<()>,
+    ) -> Result<()> {
+        // First, because a run of new programs clears away what older ones left.
+        self.numpy()?;
+        let options = [&["--replace"], options].concat();
+        let snapshot = self.bake_of(source, tag, &options)?;
+        let outcome = self.spawn_one(&snapshot).and_then(|sandbox| ask(&sandbox));
+        self.forkd(&["rmi", tag])?.success()?;
+        outcome
     }
 
     /// Forks one child.

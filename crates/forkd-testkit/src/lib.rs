@@ -14,12 +14,16 @@
 //! # }
 //! ```
 
+mod daemon;
 mod host;
+mod kernel;
 mod output;
 mod patience;
 mod sandbox;
 
-pub use host::{Host, Snapshot};
+pub use daemon::{Answer, Body, Daemon};
+pub use host::{Host, NUMPY_DISK, Snapshot};
+pub use kernel::InstalledKernel;
 pub use output::{Output, Said};
 pub use patience::{finish, on_real_guests};
 pub use sandbox::Sandbox;

@@ -69,11 +69,124 @@ pub struct SpawnRequest {
     pub hugepages: bool,
 }
 
+impl SpawnRequest {
+    /// A request for `n` children of `tag`, with defaults for the rest.
+    pub fn of(tag: &Tag, n: u32) -> Self {
+        let (per_child_netns, prewarm, live_fork, hugepages) = (false, false, false, false);
+        let memory_limit_mib = None;
+        Self { snapshot_tag: tag.to_string(), n, per_child_netns, memory_limit_mib, prewarm, live_fork, hugepages }
+    }
+}
+
 fn one() -> u32 {
     1
 }
 
-/// One sandbox. All keys but the last are always present, in this order.
+/// `POST /v1/sandboxes/:id/fork`: copies of a running sandbox, all of one instant. Answered as a spawn is.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct ForkRequest {
+    /// How many copies, 1 to [`SPAWN_LIMIT`].
+    #[serde(default = "one")]
+    pub n: u32,
+    /// Memory limit of each copy's monitor.
+    #[serde(default)]
+    pub memory_limit_mib: Option<u64>,
+}
+
+/// How `branch` was once asked to copy memory. The source stands still equally little in all of them.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BranchMode {
+    /// The default.
+    Full,
+    /// Also reports what changed, and may record its parent.
+    Diff,
+    /// May be answered before the copy is written.
+    Live,
+}
+
+/// `POST /v1/sandboxes/:id/branch`: a snapshot of a running sandbox.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct BranchRequest {
+    /// Name of the snapshot; generated when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tag: Option<String>,
+    /// How the copy is made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mode: Option<BranchMode>,
+    /// The older way to say `mode: diff`.
+    #[serde(default)]
+    pub diff: bool,
+    /// The older way to say `mode: live`.
+    #[serde(default)]
+    pub live: bool,
+    /// Report what changed as `mode: diff` does.
+    #[serde(default)]
+    pub measure_diff: bool,
+    /// Answer only when the snapshot is ready; false needs `mode: live`.
+    #[serde(default = "yes")]
+    pub wait: bool,
+    /// Keep the snapshot as a layer over this one, which must be the sandbox's own snapshot. Without it the
+    /// snapshot depends on no other.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent_tag: Option<String>,
+    /// Flush the guest's file systems first, so that the disk is clean and not only as after a power cut.
+    #[serde(default)]
+    pub sync: bool,
+}
+
+impl Default for BranchRequest {
+    fn default() -> Self {
+        let (diff, live, measure_diff, sync) = (false, false, false, false);
+        Self { tag: None, mode: None, diff, live, measure_diff, wait: true, parent_tag: None, sync }
+    }
+}
+
+fn yes() -> bool {
+    true
+}
+
+/// `POST /v1/snapshots/:tag/compact`.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct CompactRequest {
+    /// Name of the snapshot to make: an equal without a parent, in one layer.
+    pub to: String,
+}
+
+/// `POST /v1/sandboxes/:id/checkpoints`.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct CheckpointRequest {
+    /// Its name; `cp-N` when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+}
+
+/// One checkpoint of a sandbox: a frozen copy in memory.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct CheckpointInfo {
+    /// Its name, unique within the sandbox.
+    pub name: String,
+    /// Creation time.
+    pub created_at_unix: u64,
+    /// How long the sandbox stood still for it.
+    pub pause_us: u64,
+    /// Guest memory that it shares with no file, as of now; some of it with the sandbox and other checkpoints.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub private_bytes: Option<u64>,
+}
+
+/// `POST /v1/sandboxes/:id/rewind`: back to a checkpoint, which stays; later ones go.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct RewindRequest {
+    /// The checkpoint.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// How many checkpoints back, 1 being the newest. Absent with no name: 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub back: Option<u32>,
+}
+
+/// One sandbox. All keys but the optional last ones are always present, in this order.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct SandboxInfo {
     /// Identity, `sb-…`.
@@ -99,6 +212,9 @@ pub struct SandboxInfo {
     /// How it ended, when its monitor ended by itself; left out while it runs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stopped: Option<String>,
+    /// The sandbox that it is a copy of; left out when it was forked from the snapshot itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub forked_from: Option<SandboxId>,
 }
 
 /// One child that did not come up, in a [`SpawnReport`].
@@ -132,6 +248,9 @@ pub struct SpawnReport {
     pub timings: Vec<SpawnTimings>,
     /// From the request's arrival until the last child's agent answered.
     pub total_us: u64,
+    /// What was done otherwise than asked, each with what to do about it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<String>,
 }
 
 /// `GET /v1/sandboxes/:id/memory`: what one child costs the host.
@@ -241,6 +360,21 @@ pub struct SnapshotInfo {
     /// How long its source stood still.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pause_ms: Option<u64>,
+    /// How long finding and writing what changed took.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub diff_ms: Option<u64>,
+    /// What changed, in bytes as stored.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub diff_physical_bytes: Option<u64>,
+    /// Size of the memory in which it was looked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub diff_logical_bytes: Option<u64>,
+    /// Where the time of its making went; only in the answer to the request that made it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stages: Option<StageTimings>,
+    /// The snapshot that it is a layer over.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent_tag: Option<Tag>,
     /// Why it cannot be used.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub warning: Option<String>,
@@ -325,7 +459,7 @@ pub enum BakeEvent {
     /// The snapshot is there.
     Done {
         /// The new snapshot.
-        snapshot: SnapshotInfo,
+        snapshot: Box<SnapshotInfo>,
         /// Where the time went.
         stages: StageTimings,
     },
@@ -354,6 +488,7 @@ mod tests {
             last_branch_memory_path: None,
             branch_count: 0,
             stopped: None,
+            forked_from: None,
         };
         assert_eq!(
             serde_json::to_string(&info).expect("plain data"),
@@ -377,6 +512,11 @@ mod tests {
             created_at_unix: 7,
             branched_from: None,
             pause_ms: None,
+            diff_ms: None,
+            diff_physical_bytes: None,
+            diff_logical_bytes: None,
+            stages: None,
+            parent_tag: None,
             warning: None,
             status: SnapshotStatus::Ready,
             bootable: true,

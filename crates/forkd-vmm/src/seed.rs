@@ -27,6 +27,7 @@ impl Seed {
     /// The descriptors that a child goes on using.
     pub fn raw_fds(&self) -> Vec<RawFd> {
         let mut fds = vec![self.kvm.as_raw_fd()];
+        fds.extend(self.ram.raw_fds());
         fds.extend(self.disks.iter().flat_map(DiskImage::raw_fds));
         fds
     }

@@ -3,12 +3,13 @@
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
 
-use forkd_devices::block::{BlockDisk, DiskError, DiskImage};
-use forkd_memory::{LayerError, LayerWriter, RamError};
+use forkd_devices::block::{DiskError, DiskImage};
+use forkd_memory::{LayerError, LayerSummary, LayerWriter, RamError};
 use forkd_proto::monitor::{Contents, SnapshotFacts};
-use forkd_types::{Digest, PAGE_SIZE, PageCount};
-use rustix::fs::{MemfdFlags, Mode, OFlags};
+use forkd_types::{PAGE_SIZE, PageCount};
+use rustix::fs::{Mode, OFlags};
 
 use crate::seed::Seed;
 use crate::stopwatch::Stopwatch;
@@ -57,25 +58,44 @@ pub enum WriteError {
     },
 }
 
+/// Blocks that are compared at a time: 1 MiB.
+const BATCH: u64 = 256;
+
 /// Writes all files of a snapshot of `seed` into `directory`, synced.
+///
+/// With [`Contents::Changes`] the layers go over those that the machine was made from: pages and blocks
+/// that are as they were are left out. A machine that was booted was made from none and is written whole.
 pub fn write(
     seed: &Seed,
     directory: &OwnedFd,
     contents: Contents,
     stopwatch: &mut Stopwatch,
 ) -> Result<SnapshotFacts, WriteError> {
-    let _ = contents;
-    let memory = seed.ram.write_base(create(directory, MEMORY_FILE)?)?;
+    let mut stored_bytes = 0;
+    let file = create(directory, MEMORY_FILE)?;
+    let look = look_at(&file, MEMORY_FILE)?;
+    let memory = match contents {
+        Contents::Whole => seed.ram.write_base(file)?,
+        Contents::Changes => seed.ram.write_changes(file)?,
+    };
+    stored_bytes += allocated(&look, MEMORY_FILE)?;
     stopwatch.lap("write_memory");
-    let mut disks = Vec::new();
+    let (mut disks, mut disk_zero_blocks) = (Vec::new(), Vec::new());
     for (index, image) in seed.disks.iter().enumerate() {
-        disks.push(write_disk(directory, index, image)?);
+        let name = disk_file(index);
+        let file = create(directory, &name)?;
+        let look = look_at(&file, &name)?;
+        let layer = write_disk(file, index, image, contents)?;
+        stored_bytes += allocated(&look, &name)?;
+        disks.push((layer.digest, layer.pages.0));
+        disk_zero_blocks.push(layer.zero_pages.0);
     }
     stopwatch.lap("write_disks");
     let (bytes, vmstate_digest) = seed.state.encode();
     let mut file = create(directory, STATE_FILE)?;
     let failed = |source| WriteError::File { attempt: "write", file: STATE_FILE.to_owned(), source };
     file.write_all(&bytes).and_then(|()| file.sync_all()).map_err(failed)?;
+    stored_bytes += allocated(&file, STATE_FILE)?;
     stopwatch.lap("write_state");
     Ok(SnapshotFacts {
         vcpus: seed.state.config.vcpus,
@@ -83,7 +103,10 @@ pub fn write(
         vmstate_digest,
         memory_digest: memory.digest,
         memory_pages: memory.pages.0,
+        memory_zero_pages: memory.zero_pages.0,
         disks,
+        disk_zero_blocks,
+        stored_bytes,
     })
 }
 
@@ -94,27 +117,37 @@ fn create(directory: &OwnedFd, name: &str) -> Result<File, WriteError> {
         .map_err(|error| WriteError::File { attempt: "create", file: name.to_owned(), source: error.into() })
 }
 
-/// Writes the blocks of one disk that differ from its base.
-fn write_disk(directory: &OwnedFd, index: usize, image: &DiskImage) -> Result<(Digest, u64), WriteError> {
-    let name = disk_file(index);
+/// A second descriptor of `file`, to measure it when its writer has finished.
+fn look_at(file: &File, name: &str) -> Result<File, WriteError> {
+    file.try_clone().map_err(|source| WriteError::File { attempt: "duplicate", file: name.to_owned(), source })
+}
+
+/// What `file` takes on disk; holes take nothing.
+fn allocated(file: &File, name: &str) -> Result<u64, WriteError> {
+    let metadata = file.metadata();
+    let failed = |source| WriteError::File { attempt: "measure", file: name.to_owned(), source };
+    Ok(metadata.map_err(failed)?.blocks() * 512)
+}
+
+/// Writes the blocks of one disk that differ from its base image, or from the layers it was put together
+/// from.
+fn write_disk(file: File, index: usize, image: &DiskImage, contents: Contents) -> Result<LayerSummary, WriteError> {
     let layer_error = |source| WriteError::DiskLayer { index, source };
-    let scratch = rustix::fs::memfd_create(c"unused-overlay", MemfdFlags::CLOEXEC).map_err(|error| {
-        WriteError::File { attempt: "create an overlay for", file: name.clone(), source: error.into() }
-    })?;
-    let disk: BlockDisk = image.clone().with_overlay(scratch.into());
-    let mut writer =
-        LayerWriter::new(create(directory, &name)?, PageCount::covering(disk.size())).map_err(layer_error)?;
-    let mut block = [0; PAGE_SIZE as usize];
-    for run in disk.changed_runs() {
-        for number in run.first..run.end() {
-            disk.read_block(number, &mut block).map_err(|source| WriteError::Disk { index, source })?;
-            if block.iter().all(|byte| *byte == 0) {
-                writer.mark_zero(forkd_types::PageRun { first: number, count: 1 });
-            } else {
-                writer.store(number, &block).map_err(layer_error)?;
-            }
+    let disk_error = |source| WriteError::Disk { index, source };
+    let below = match contents {
+        Contents::Whole => image.bare(),
+        Contents::Changes => image.origin(),
+    };
+    let mut writer = LayerWriter::new(file, PageCount::covering(image.size())).map_err(layer_error)?;
+    let mut buffers = [vec![0; (BATCH * PAGE_SIZE) as usize], vec![0; (BATCH * PAGE_SIZE) as usize]];
+    for run in image.runs_over(&below) {
+        for first in (run.first..run.end()).step_by(BATCH as usize) {
+            let len = (BATCH.min(run.end() - first) * PAGE_SIZE) as usize;
+            let [now, before] = buffers.each_mut().map(|buffer| &mut buffer[..len]);
+            image.read_blocks(first, now).map_err(disk_error)?;
+            below.read_blocks(first, before).map_err(disk_error)?;
+            writer.store_changes(first, now, Some(before)).map_err(layer_error)?;
         }
     }
-    let summary = writer.finish().map_err(layer_error)?;
-    Ok((summary.digest, summary.pages.0))
+    writer.finish().map_err(layer_error)
 }

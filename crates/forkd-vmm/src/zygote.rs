@@ -16,6 +16,7 @@ use forkd_memory::layer::DATA_OFFSET;
 use forkd_memory::{Backing, GuestRam, Layer, LayerError, MemoryLayout, MemorySizeError, RamError};
 use forkd_proto::frame::FrameError;
 use forkd_proto::monitor::{self, Command, Event, Role, ZygoteConfig};
+use forkd_types::PageCount;
 
 use crate::carried::{Carried, CarriedError};
 use crate::copy::{self, CopyRequest, FreezeRequest, SnapshotRequest};
@@ -36,8 +37,8 @@ pub enum ZygoteError {
     /// `vmstate` is not usable.
     #[error("vmstate is not usable")]
     State(#[from] StateError),
-    /// A layer of memory or disk cannot be opened.
-    #[error("cannot open a {kind} layer")]
+    /// A layer of memory or disk cannot be opened, or is not one of this machine's size.
+    #[error("cannot use a {kind} layer")]
     Layer {
         /// Memory or disk.
         kind: &'static str,
@@ -81,7 +82,7 @@ pub fn load(config: &ZygoteConfig, carried: &mut Carried) -> Result<(Seed, Vec<S
     }
     let layers = open_layers("memory", carried.all(Role::MemoryLayer))?;
     let layout = MemoryLayout::new(state.config.memory_bytes)?;
-    let (ram, warnings) = map_memory(layout, &layers, config)?;
+    let (ram, warnings) = map_memory(layout, layers, config)?;
     ram.prefetch(&config.prefetch);
     let disks = assemble_disks(&state, carried)?;
     let mut seed = Seed { kvm, ram, state, disks };
@@ -95,7 +96,7 @@ fn open_layers(kind: &'static str, files: Vec<File>) -> Result<Vec<Layer>, Zygot
 
 fn map_memory(
     layout: MemoryLayout,
-    layers: &[Layer],
+    layers: Vec<Layer>,
     config: &ZygoteConfig,
 ) -> Result<(GuestRam, Vec<String>), ZygoteError> {
     let backing = match config.backing {
@@ -103,7 +104,8 @@ fn map_memory(
         monitor::Backing::TransparentHugePages => Backing::TransparentHugePages,
         monitor::Backing::ReservedHugePages => Backing::ReservedHugePages,
     };
-    match GuestRam::from_layers(layout, layers, backing) {
+    let layers: Arc<[Layer]> = layers.into();
+    match GuestRam::from_layers(layout, layers.clone(), backing) {
         Ok(ram) => Ok((ram, Vec::new())),
         Err(error @ RamError::PoolTooSmall { .. }) => {
             let warning = format!("ordinary 4 KiB pages are used: {error}");
@@ -120,8 +122,13 @@ fn assemble_disks(state: &MachineState, carried: &mut Carried) -> Result<Vec<Dis
     let mut images = Vec::new();
     for (index, (base, &size)) in bases.into_iter().zip(&state.config.disks).enumerate() {
         let disk_error = |source| ZygoteError::Disk { index, source };
-        let sealed: Result<Vec<_>, _> = layers.drain(..).map(sealed_layer).collect();
-        images.push(DiskImage::new(base, size, sealed.map_err(disk_error)?).map_err(disk_error)?);
+        let mut sealed = Vec::new();
+        for layer in layers.drain(..) {
+            let size_error = |source| ZygoteError::Layer { kind: "disk", source };
+            layer.expect_pages(PageCount::covering(size)).map_err(size_error)?;
+            sealed.push(sealed_layer(layer).map_err(disk_error)?);
+        }
+        images.push(DiskImage::new(base, size, sealed).map_err(disk_error)?);
     }
     Ok(images)
 }

@@ -6,7 +6,8 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use forkd_proto::monitor::{self, Command, Contents, Event, Role, StopReason};
+use forkd_memory::Layer;
+use forkd_proto::monitor::{self, Command, Contents, Event, Role, SnapshotFacts, StopReason};
 use forkd_vmm::raw::{Copies, RawZygote, Size};
 use libtest_mimic::{Arguments, Failed, Trial};
 
@@ -20,12 +21,13 @@ fn main() {
     if let Some(reason) = &missing {
         let _ = writeln!(std::io::stderr(), "SKIPPED, every test of this file: cannot open /dev/kvm: {reason}");
     }
-    let trials: [(&str, Test); 6] = [
+    let trials: [(&str, Test); 7] = [
         ("every_copy_runs_and_stops_when_told", every_copy_runs_and_stops_when_told),
         ("a_copy_owns_only_the_pages_it_wrote", a_copy_owns_only_the_pages_it_wrote),
         ("a_copy_of_a_running_copy_runs_while_its_source_runs_on", a_copy_of_a_running_copy),
         ("a_request_that_lacks_a_descriptor_changes_nothing", a_request_that_lacks_a_descriptor),
         ("a_snapshot_that_cannot_be_written_fails_and_the_source_runs_on", a_snapshot_that_cannot_be_written),
+        ("a_snapshot_of_changes_holds_only_those_whoever_writes_it", a_snapshot_of_changes),
         ("memory_sizes_from_the_least_to_beyond_the_device_hole", memory_sizes),
     ];
     let trials = trials.map(|(name, run)| Trial::test(name, run).with_ignored_flag(missing.is_some()));
@@ -182,6 +184,61 @@ fn a_snapshot_that_cannot_be_written() -> Result<(), Failed> {
     let Event::Failed { error } = monitor::receive(&ours)?.0 else { return Err("it was written".into()) };
     assert!(error.contains("memory.layer"), "{error}");
     assert!(private_pages(source)? >= 1, "the source answers");
+    kill(source)
+}
+
+/// Has `source` write a snapshot into a new directory; `own` are overlays for the source.
+fn snapshot(
+    source: &UnixStream,
+    contents: Contents,
+    own: &[std::fs::File],
+) -> Result<(tempfile::TempDir, SnapshotFacts), Failed> {
+    use std::os::fd::AsFd;
+    let directory = tempfile::tempdir()?;
+    let opened = std::fs::File::open(directory.path())?;
+    let (ours, theirs) = UnixStream::pair()?;
+    ours.set_read_timeout(Some(Duration::from_secs(60)))?;
+    let mut roles = vec![Role::Control, Role::SnapshotDir];
+    let mut fds = vec![theirs.as_fd(), opened.as_fd()];
+    for overlay in own {
+        roles.push(Role::DiskOverlay);
+        fds.push(overlay.as_fd());
+    }
+    monitor::send(source, &Command::Snapshot { fds: roles, contents }, &fds)?;
+    let event: Event = monitor::receive(source)?.0;
+    assert!(matches!(event, Event::Forked { .. }), "{event:?}");
+    match monitor::receive(&ours)?.0 {
+        Event::Written { facts, .. } => Ok((directory, facts)),
+        other => Err(format!("{other:?}").into()),
+    }
+}
+
+fn a_snapshot_of_changes() -> Result<(), Failed> {
+    use std::os::fd::AsFd;
+    let copies = running(&zygote()?, 1)?;
+    let source = &copies.controls[0];
+    let (_whole, whole) = snapshot(source, Contents::Whole, &[tempfile::tempfile()?])?;
+    let (running, changes) = snapshot(source, Contents::Changes, &[tempfile::tempfile()?])?;
+    let layer = Layer::open(std::fs::File::open(running.path().join("memory.layer"))?)?;
+    layer.verify(|_| ())?;
+    let counter = 3;
+    assert!(layer.data().iter().any(|run| (run.first..run.end()).contains(&counter)), "{:?}", layer.data());
+    // All that the 16 MiB base stores, against the few pages that the copy wrote.
+    assert!(whole.memory_pages > 3800, "{whole:?}");
+    assert!((1..=16).contains(&changes.memory_pages), "{changes:?}");
+    assert!(changes.stored_bytes < whole.stored_bytes / 50, "{changes:?}, whole {whole:?}");
+    // A copy of the copy, frozen, differs from the same snapshot in the same way.
+    let (frozen, theirs) = UnixStream::pair()?;
+    frozen.set_read_timeout(Some(Duration::from_secs(60)))?;
+    let command = Command::Freeze { fds: vec![Role::Control, Role::DiskOverlay], name: "frozen".to_owned() };
+    monitor::send(source, &command, &[theirs.as_fd(), tempfile::tempfile()?.as_fd()])?;
+    drop(theirs);
+    let event: Event = monitor::receive(source)?.0;
+    assert!(matches!(event, Event::Forked { .. }), "{event:?}");
+    let event: Event = monitor::receive(&frozen)?.0;
+    assert!(matches!(event, Event::Ready { .. }), "{event:?}");
+    let (_directory, again) = snapshot(&frozen, Contents::Changes, &[])?;
+    assert_eq!((again.memory_digest, again.disks), (changes.memory_digest, changes.disks));
     kill(source)
 }
 

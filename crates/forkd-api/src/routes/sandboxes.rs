@@ -7,8 +7,9 @@ use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use forkd_node::NodeError;
+use forkd_types::Tag;
 use forkd_types::rest::{
-    EvalRequest, EvalResponse, ExecRequest, ExecResponse, SandboxInfo, SandboxMemory, SpawnRequest,
+    EvalRequest, EvalResponse, ExecRequest, ExecResponse, SandboxInfo, SandboxMemory, SpawnReport, SpawnRequest,
 };
 use serde::{Deserialize, Serialize};
 
@@ -34,10 +35,15 @@ pub(crate) async fn spawn(
 ) -> ApiResult<Response> {
     let arrived = Instant::now();
     let report = api.node.spawn(&request, arrived).await?;
+    let tag = request.snapshot_tag.parse().map_err(NodeError::from)?;
+    spawned(report, &query, tag, request.n)
+}
+
+/// The answer to a request for `n` children of `tag`.
+pub(crate) fn spawned(report: SpawnReport, query: &SpawnQuery, tag: Tag, n: u32) -> ApiResult<Response> {
     if report.sandboxes.is_empty() {
-        let tag = request.snapshot_tag.parse().map_err(NodeError::from)?;
         let first = report.failures.into_iter().next().map(|failure| failure.error).unwrap_or_default();
-        return Err(NodeError::AllFailed { tag, n: request.n, first }.into());
+        return Err(NodeError::AllFailed { tag, n, first }.into());
     }
     let failed = report.failures.len();
     let mut response = if query.detail {

@@ -108,6 +108,14 @@ impl ClientError {
             _ => None,
         }
     }
+
+    /// The stable code, when the daemon answered with one.
+    pub(crate) fn code(&self) -> Option<&str> {
+        match self {
+            Self::Refused { code, .. } => code.as_deref(),
+            _ => None,
+        }
+    }
 }
 
 #[cfg(test)]

@@ -12,8 +12,9 @@ mod upload;
 use std::time::Duration;
 
 use forkd_types::rest::{
-    BakeEvent, BakeRequest, EvalRequest, EvalResponse, SandboxInfo, SandboxMemory, SnapshotInfo, SpawnReport,
-    SpawnRequest, Version,
+    BakeEvent, BakeRequest, BranchRequest, CheckpointInfo, CheckpointRequest, CompactRequest, EvalRequest,
+    EvalResponse, ExecRequest, ExecResponse, ForkRequest, RewindRequest, SandboxInfo, SandboxMemory, SnapshotInfo,
+    SpawnReport, SpawnRequest, Version,
 };
 use forkd_types::{SandboxId, Tag};
 use http::{Method, StatusCode};
@@ -59,6 +60,46 @@ impl Client {
         self.post("/v1/sandboxes?detail=true", request).await
     }
 
+    /// Copies a running sandbox; failed copies are in the report.
+    pub(crate) async fn fork(&self, id: &SandboxId, request: &ForkRequest) -> Result<SpawnReport, ClientError> {
+        self.post(&format!("/v1/sandboxes/{id}/fork?detail=true"), request).await
+    }
+
+    /// Takes a snapshot of a running sandbox.
+    pub(crate) async fn branch(&self, id: &SandboxId, request: &BranchRequest) -> Result<SnapshotInfo, ClientError> {
+        self.post(&format!("/v1/sandboxes/{id}/branch"), request).await
+    }
+
+    /// Freezes a sandbox as it is now.
+    pub(crate) async fn checkpoint(
+        &self,
+        id: &SandboxId,
+        request: &CheckpointRequest,
+    ) -> Result<CheckpointInfo, ClientError> {
+        self.post(&format!("/v1/sandboxes/{id}/checkpoints"), request).await
+    }
+
+    /// A sandbox's checkpoints, oldest first.
+    pub(crate) async fn checkpoints(&self, id: &SandboxId) -> Result<Vec<CheckpointInfo>, ClientError> {
+        self.get(&format!("/v1/sandboxes/{id}/checkpoints")).await
+    }
+
+    /// Removes a checkpoint.
+    pub(crate) async fn remove_checkpoint(&self, id: &SandboxId, name: &str) -> Result<(), ClientError> {
+        self.call(Method::DELETE, &format!("/v1/sandboxes/{id}/checkpoints/{name}"), empty()).await.map(drop)
+    }
+
+    /// Brings a sandbox back to a checkpoint.
+    pub(crate) async fn rewind(&self, id: &SandboxId, request: &RewindRequest) -> Result<CheckpointInfo, ClientError> {
+        self.post(&format!("/v1/sandboxes/{id}/rewind"), request).await
+    }
+
+    /// Writes a snapshot anew as one that depends on no other.
+    pub(crate) async fn compact(&self, from: &Tag, to: &Tag) -> Result<SnapshotInfo, ClientError> {
+        let request = CompactRequest { to: to.to_string() };
+        self.post(&format!("/v1/snapshots/{from}/compact"), &request).await
+    }
+
     /// All sandboxes, by id.
     pub(crate) async fn sandboxes(&self) -> Result<Vec<SandboxInfo>, ClientError> {
         self.get("/v1/sandboxes").await
@@ -67,6 +108,11 @@ impl Client {
     /// Kills a sandbox.
     pub(crate) async fn kill(&self, id: &SandboxId) -> Result<(), ClientError> {
         self.call(Method::DELETE, &format!("/v1/sandboxes/{id}"), empty()).await.map(drop)
+    }
+
+    /// Runs a program in a sandbox to its end.
+    pub(crate) async fn exec(&self, id: &SandboxId, request: &ExecRequest) -> Result<ExecResponse, ClientError> {
+        self.post(&format!("/v1/sandboxes/{id}/exec"), request).await
     }
 
     /// Runs source text in a sandbox.

@@ -6,9 +6,10 @@ use std::time::Duration;
 use clap::Args;
 use forkd_image::KernelChoice;
 use forkd_types::rest::{SnapshotStatus, WarmStep};
-use forkd_types::{ByteSize, Tag};
+use forkd_types::{ByteSize, SandboxId, Tag};
 
 use super::Context;
+use super::branch::FromSandboxOptions;
 use crate::bake::{Parts, Recipe, bake};
 use crate::blob::Blob;
 use crate::client::Client;
@@ -20,9 +21,6 @@ use crate::{environment, output};
 /// How the machine is shaped and warmed.
 #[derive(Args, Debug)]
 struct RecipeArgs {
-    /// Name of the snapshot
-    #[arg(long)]
-    tag: Tag,
     /// Replace a snapshot of that name
     #[arg(long)]
     replace: bool,
@@ -56,9 +54,9 @@ struct RecipeArgs {
 struct Words(Vec<String>);
 
 impl RecipeArgs {
-    fn recipe(self) -> Recipe {
+    fn recipe(self, tag: Tag) -> Recipe {
         Recipe {
-            tag: self.tag,
+            tag,
             vcpus: self.cpus,
             memory: self.mem_size_mib.map_or(self.memory, ByteSize::mib),
             run: self.run.into_iter().map(|Words(words)| words).collect(),
@@ -74,6 +72,9 @@ impl RecipeArgs {
 pub(crate) struct FromImageArgs {
     /// debian:SUITE?include=PACKAGE,…, dir:PATH or tar:PATH
     source: String,
+    /// Name of the snapshot
+    #[arg(long)]
+    tag: Tag,
     #[command(flatten)]
     recipe: RecipeArgs,
     /// Further Debian packages
@@ -104,7 +105,7 @@ impl FromImageArgs {
     }
 
     async fn bake(self, context: &Context) -> anyhow::Result<u8> {
-        let recipe = self.recipe.recipe();
+        let recipe = self.recipe.recipe(self.tag);
         let size = self.size.or(self.size_mib.map(ByteSize::mib));
         let plan = Plan::new(&self.source, &self.extra, size)?.with_mirror(self.mirror, self.refresh);
         let client = context.client().await?;
@@ -120,15 +121,23 @@ impl FromImageArgs {
 /// Arguments of `forkd snapshot`.
 #[derive(Args, Debug)]
 pub(crate) struct SnapshotArgs {
+    /// Name of the snapshot; made up when absent with --from-sandbox
+    #[arg(long, required_unless_present = "from_sandbox")]
+    tag: Option<Tag>,
+    /// Take the snapshot of this running sandbox, instead of booting
+    #[arg(long, value_name = "SANDBOX")]
+    from_sandbox: Option<SandboxId>,
+    #[command(flatten)]
+    of_sandbox: FromSandboxOptions,
     #[command(flatten)]
     recipe: RecipeArgs,
     /// Guest kernel: debian-6.12-cloud, debian-6.1-generic, apt:PACKAGE, or the path of a .deb,
     /// bzImage or vmlinux
-    #[arg(long, env = environment::FORKD_KERNEL)]
-    kernel: KernelChoice,
+    #[arg(long, env = environment::FORKD_KERNEL, required_unless_present = "from_sandbox")]
+    kernel: Option<KernelChoice>,
     /// Root disk: a raw ext4 image; it is copied, never written
-    #[arg(long, env = environment::FORKD_ROOTFS)]
-    rootfs: PathBuf,
+    #[arg(long, env = environment::FORKD_ROOTFS, required_unless_present = "from_sandbox")]
+    rootfs: Option<PathBuf>,
     /// Accepted for existing scripts: every child writes to its own copy
     #[arg(long, hide = true)]
     rw: bool,
@@ -143,15 +152,20 @@ pub(crate) struct SnapshotArgs {
 impl SnapshotArgs {
     pub(crate) async fn run(self, context: &Context) -> anyhow::Result<u8> {
         let mut interrupts = Interrupts::catch()?;
-        interrupts.guard(self.bake(context)).await
+        let Self { tag, from_sandbox, of_sandbox, recipe, kernel, rootfs, .. } = self;
+        match (from_sandbox, tag, kernel, rootfs) {
+            (Some(sandbox), tag, ..) => interrupts.guard(of_sandbox.run(&sandbox, tag, context)).await,
+            (None, Some(tag), Some(kernel), Some(rootfs)) => {
+                interrupts.guard(Self::bake(recipe.recipe(tag), kernel, rootfs, context)).await
+            }
+            _ => unreachable!("clap requires them together"),
+        }
     }
 
-    async fn bake(self, context: &Context) -> anyhow::Result<u8> {
-        let recipe = self.recipe.recipe();
+    async fn bake(recipe: Recipe, kernel: KernelChoice, rootfs: PathBuf, context: &Context) -> anyhow::Result<u8> {
         let notes = context.data.digests();
-        let disk = Blob::of(self.rootfs, "root disk", &notes, &context.progress).await?;
-        let (kernel, initramfs) =
-            ingredients::kernel_and_initramfs(self.kernel, &context.data, &context.progress).await?;
+        let disk = Blob::of(rootfs, "root disk", &notes, &context.progress).await?;
+        let (kernel, initramfs) = ingredients::kernel_and_initramfs(kernel, &context.data, &context.progress).await?;
         let client = context.client().await?;
         refuse_existing(&client, &recipe).await?;
         let parts = Parts { kernel, initramfs, disk };

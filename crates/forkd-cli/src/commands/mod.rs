@@ -4,16 +4,20 @@
 //! that `main` renders.
 
 pub(crate) mod bake;
+pub(crate) mod branch;
+pub(crate) mod checkpoints;
 pub(crate) mod eval;
 pub(crate) mod exec;
 pub(crate) mod fork;
 pub(crate) mod images;
 pub(crate) mod kernel;
+pub(crate) mod layers;
 pub(crate) mod machine;
 pub(crate) mod ping;
 pub(crate) mod quickstart;
 pub(crate) mod sandboxes;
 pub(crate) mod spawn;
+pub(crate) mod tree;
 pub(crate) mod verify;
 
 use crate::client::{Client, ClientError};

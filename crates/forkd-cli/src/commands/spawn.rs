@@ -2,11 +2,12 @@
 
 use clap::Args;
 use forkd_types::Tag;
-use forkd_types::rest::{SPAWN_LIMIT, SpawnRequest};
+use forkd_types::rest::{SPAWN_LIMIT, SpawnReport, SpawnRequest};
 
 use super::{Context, snapshot_error};
 use crate::failure::advised;
-use crate::{output, units};
+use crate::progress::Progress;
+use crate::{children, output, units};
 
 /// What one spawn asks for; shared by the verbs that fork.
 #[derive(Args, Debug, Clone)]
@@ -65,27 +66,29 @@ impl SpawnArgs {
         let step = context.progress.quick_step(format!("Forking {}", self.n));
         let report = client.spawn(&self.options.request(&self.tag, self.n)).await.map_err(snapshot_error)?;
         step.vanish();
-        if self.json {
-            output::json(&report)?;
-        } else {
-            for sandbox in &report.sandboxes {
-                let netns = sandbox.netns.as_deref().unwrap_or("—");
-                output::line(format_args!("✓ {}  guest={}  netns={netns}", sandbox.id, sandbox.guest_addr))?;
-            }
-            for failure in &report.failures {
-                output::line(format_args!("✗ {}  ({})", failure.id, failure.error))?;
-            }
-            context.progress.say(format_args!(
-                "{} of {} answered after {}",
-                report.sandboxes.len(),
-                self.n,
-                units::microseconds(report.total_us)
-            ));
-        }
-        if report.failures.is_empty() {
-            return Ok(0);
-        }
-        let error = anyhow::anyhow!("{} of {} children did not come up", report.failures.len(), self.n);
-        Err(advised(error, "forkd doctor"))
+        tell(&report, self.n, self.json, &context.progress)
     }
+}
+
+/// Prints what became of a request for `n` children; the value is the exit code.
+pub(super) fn tell(report: &SpawnReport, n: u32, json: bool, progress: &Progress) -> anyhow::Result<u8> {
+    children::warn(report, progress);
+    if json {
+        output::json(report)?;
+    } else {
+        for sandbox in &report.sandboxes {
+            let netns = sandbox.netns.as_deref().unwrap_or("—");
+            output::line(format_args!("✓ {}  guest={}  netns={netns}", sandbox.id, sandbox.guest_addr))?;
+        }
+        for failure in &report.failures {
+            output::line(format_args!("✗ {}  ({})", failure.id, failure.error))?;
+        }
+        let (up, after) = (report.sandboxes.len(), units::microseconds(report.total_us));
+        progress.say(format_args!("{up} of {n} answered after {after}"));
+    }
+    if report.failures.is_empty() {
+        return Ok(0);
+    }
+    let error = anyhow::anyhow!("{} of {n} children did not come up", report.failures.len());
+    Err(advised(error, "forkd doctor"))
 }

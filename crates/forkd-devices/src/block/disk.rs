@@ -86,10 +86,19 @@ pub struct DiskImage {
     size: u64,
     layers: Vec<Arc<SealedLayer>>,
     index: BlockIndex,
+    origin: Origin,
+}
+
+/// Where a disk began: the layers it was put together from, and its index then.
+#[derive(Clone, Debug)]
+struct Origin {
+    layers: usize,
+    index: BlockIndex,
 }
 
 impl DiskImage {
-    /// A disk of `size` bytes: `base` (zeros past its end) under `layers`, oldest first.
+    /// A disk of `size` bytes: `base` (zeros past its end) under `layers`, oldest first, which are the
+    /// disk's [`origin`](Self::origin).
     ///
     /// # Errors
     /// The size is not a whole number of sectors, or a layer goes past it.
@@ -104,7 +113,8 @@ impl DiskImage {
             let own = Source::layer(number);
             layer.for_each_run(|run, zeros| index.set(run, if zeros { Source::ZERO } else { own }));
         }
-        Ok(Self { base: Arc::new(base), size, layers, index })
+        let origin = Origin { layers: layers.len(), index: index.clone() };
+        Ok(Self { base: Arc::new(base), size, layers, index, origin })
     }
 
     /// A disk that writes to `overlay`, which must be empty.
@@ -125,6 +135,103 @@ impl DiskImage {
     /// The descriptors of base and layers, to keep open across a fork.
     pub fn raw_fds(&self) -> Vec<RawFd> {
         std::iter::once(self.base.as_raw_fd()).chain(self.layers.iter().map(|layer| layer.raw_fd())).collect()
+    }
+
+    /// This disk as it was put together, without what was sealed since.
+    pub fn origin(&self) -> Self {
+        let layers = self.layers[..self.origin.layers].to_vec();
+        Self {
+            base: Arc::clone(&self.base),
+            size: self.size,
+            layers,
+            index: self.origin.index.clone(),
+            origin: self.origin.clone(),
+        }
+    }
+
+    /// This disk without any layers.
+    pub fn bare(&self) -> Self {
+        let index = BlockIndex::new(PageCount::covering(self.size).0);
+        let origin = Origin { layers: 0, index: index.clone() };
+        Self { base: Arc::clone(&self.base), size: self.size, layers: Vec::new(), index, origin }
+    }
+
+    /// The blocks that may differ from `below`, which is this disk's [`origin`](Self::origin) or
+    /// [`bare`](Self::bare): those that were written or discarded over it, to whatever contents.
+    pub fn runs_over(&self, below: &Self) -> Vec<PageRun> {
+        self.index.differing(&below.index)
+    }
+
+    /// Reads whole blocks from block `first` on; bytes past the end of the disk are zeros.
+    ///
+    /// # Errors
+    /// A block is past the end, or a file cannot be read.
+    pub fn read_blocks(&self, first: u64, content: &mut [u8]) -> Result<(), DiskError> {
+        let offset = first.saturating_mul(PAGE_SIZE);
+        let wanted = content.len() as u64;
+        let len = self.size.saturating_sub(offset).min(wanted);
+        if len == 0 || wanted.next_multiple_of(PAGE_SIZE) > len.next_multiple_of(PAGE_SIZE) {
+            return Err(DiskError::OutOfBounds { offset, len: wanted, size: self.size });
+        }
+        content[len as usize..].fill(0);
+        self.read(None, offset, GuestBuffers::from_host(&mut content[..len as usize]))
+    }
+
+    /// Reads from the layers and, for blocks that no layer has, from `overlay`.
+    fn read(&self, overlay: Option<&File>, offset: u64, mut buffers: GuestBuffers<'_>) -> Result<(), DiskError> {
+        check(self.size, offset, buffers.len() as u64)?;
+        let mut position = offset;
+        while !buffers.is_empty() {
+            let block = position / PAGE_SIZE;
+            let inside = position % PAGE_SIZE;
+            let blocks = PageCount::covering(inside + buffers.len() as u64).0;
+            let (source, same) = self.index.run_at(block, blocks);
+            let (file, place, count) = self.place(overlay, source, block, same);
+            let part = buffers.split_front((count * PAGE_SIZE - inside) as usize);
+            let len = part.len() as u64;
+            match file {
+                Some(file) => read_part(file, place + inside, part)?,
+                None => part.fill_zero(),
+            }
+            position += len;
+        }
+        Ok(())
+    }
+
+    /// The file (`None` for zeros) and the offset in it of `block`, and for how many of `limit`
+    /// blocks that goes on.
+    fn place<'d>(
+        &'d self,
+        overlay: Option<&'d File>,
+        source: Source,
+        block: u64,
+        limit: u64,
+    ) -> (Option<DiskFile<'d>>, u64, u64) {
+        if source == Source::ZERO {
+            return (None, 0, limit);
+        }
+        let Some(number) = source.layer_number() else {
+            return (Some(DiskFile::Base(&self.base)), block * PAGE_SIZE, limit);
+        };
+        match self.layers.get(number) {
+            None => {
+                let overlay = overlay.expect("an image's index names only its layers");
+                (Some(DiskFile::Overlay(overlay)), block * PAGE_SIZE, limit)
+            }
+            Some(layer) => {
+                let (place, count) =
+                    layer.locate(block, limit).expect("the index names a layer only for blocks the layer holds");
+                (Some(DiskFile::Layer(layer.file())), place, count)
+            }
+        }
+    }
+}
+
+/// Refuses a range that does not lie on a disk of `size` bytes.
+fn check(size: u64, offset: u64, len: u64) -> Result<(), DiskError> {
+    match offset.checked_add(len) {
+        Some(end) if end <= size => Ok(()),
+        _ => Err(DiskError::OutOfBounds { offset, len, size }),
     }
 }
 
@@ -183,23 +290,6 @@ impl BlockDisk {
         if self.overlay_dirty { Err(DiskError::Unsealed) } else { Ok(self.image.clone()) }
     }
 
-    /// All blocks that may differ from the base, over all layers and the overlay.
-    pub fn changed_runs(&self) -> Vec<PageRun> {
-        self.image.index.runs(|source| source != Source::BASE)
-    }
-
-    /// Reads block `block`; bytes past the end of the disk are zeros.
-    ///
-    /// # Errors
-    /// The block is past the end, or a file cannot be read.
-    pub fn read_block(&self, block: u64, content: &mut [u8; PAGE_SIZE as usize]) -> Result<(), DiskError> {
-        let offset = block.saturating_mul(PAGE_SIZE);
-        let len = self.image.size.saturating_sub(offset).min(PAGE_SIZE);
-        self.check(offset, len.max(1))?;
-        content[len as usize..].fill(0);
-        self.read_at(offset, &mut content[..len as usize])
-    }
-
     /// Reads `bytes.len()` bytes at `offset`.
     ///
     /// # Errors
@@ -223,24 +313,8 @@ impl BlockDisk {
     ///
     /// # Errors
     /// As [`read_at`](Self::read_at).
-    pub fn read_buffers(&self, offset: u64, mut buffers: GuestBuffers<'_>) -> Result<(), DiskError> {
-        self.check(offset, buffers.len() as u64)?;
-        let mut position = offset;
-        while !buffers.is_empty() {
-            let block = position / PAGE_SIZE;
-            let inside = position % PAGE_SIZE;
-            let blocks = PageCount::covering(inside + buffers.len() as u64).0;
-            let (source, same) = self.image.index.run_at(block, blocks);
-            let (file, place, count) = self.place(source, block, same)?;
-            let part = buffers.split_front((count * PAGE_SIZE - inside) as usize);
-            let len = part.len() as u64;
-            match file {
-                Some(file) => read_part(file, place + inside, part)?,
-                None => part.fill_zero(),
-            }
-            position += len;
-        }
-        Ok(())
+    pub fn read_buffers(&self, offset: u64, buffers: GuestBuffers<'_>) -> Result<(), DiskError> {
+        self.image.read(Some(&self.overlay), offset, buffers)
     }
 
     /// Writes from guest memory.
@@ -300,29 +374,7 @@ impl BlockDisk {
     }
 
     pub(super) fn check(&self, offset: u64, len: u64) -> Result<(), DiskError> {
-        match offset.checked_add(len) {
-            Some(end) if end <= self.image.size => Ok(()),
-            _ => Err(DiskError::OutOfBounds { offset, len, size: self.image.size }),
-        }
-    }
-
-    /// The file (`None` for zeros) and the offset in it of `block`, and for how many of `limit`
-    /// blocks that goes on.
-    fn place(&self, source: Source, block: u64, limit: u64) -> Result<(Option<DiskFile<'_>>, u64, u64), DiskError> {
-        if source == Source::ZERO {
-            return Ok((None, 0, limit));
-        }
-        let Some(number) = source.layer_number() else {
-            return Ok((Some(DiskFile::Base(&self.image.base)), block * PAGE_SIZE, limit));
-        };
-        match self.image.layers.get(number) {
-            None => Ok((Some(DiskFile::Overlay(&self.overlay)), block * PAGE_SIZE, limit)),
-            Some(layer) => {
-                let (place, count) =
-                    layer.locate(block, limit).expect("the index names a layer only for blocks the layer holds");
-                Ok((Some(DiskFile::Layer(layer.file())), place, count))
-            }
-        }
+        check(self.image.size, offset, len)
     }
 
     /// The blocks that lie wholly in the range; a block cut short by the end of the disk counts.
@@ -375,6 +427,13 @@ impl BlockDisk {
             self.overlay_dirty = true;
         }
         Ok(())
+    }
+
+    /// Reads block `block`, which is on the disk; bytes past the end of the disk are zeros.
+    fn read_block(&self, block: u64, content: &mut [u8; PAGE_SIZE as usize]) -> Result<(), DiskError> {
+        let len = (self.image.size - block * PAGE_SIZE).min(PAGE_SIZE) as usize;
+        content[len..].fill(0);
+        self.read_at(block * PAGE_SIZE, &mut content[..len])
     }
 
     fn needs_copy_up(&self, block: u64) -> bool {

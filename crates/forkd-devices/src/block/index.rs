@@ -95,6 +95,33 @@ impl BlockIndex {
         }
     }
 
+    /// The blocks whose source is not the one that `other`, a table of as many blocks, has for them. Chunks
+    /// that both share are not looked at.
+    pub(super) fn differing(&self, other: &Self) -> Vec<PageRun> {
+        const ALL_BASE: Chunk = [Source::BASE; CHUNK_BLOCKS as usize];
+        debug_assert_eq!(self.blocks, other.blocks, "both are of one disk");
+        let mut runs = Vec::new();
+        for (number, (own, others)) in self.chunks.iter().zip(other.chunks.iter()).enumerate() {
+            let same = match (own, others) {
+                (Some(own), Some(others)) => Arc::ptr_eq(own, others),
+                (None, None) => true,
+                _ => false,
+            };
+            if same {
+                continue;
+            }
+            let own = own.as_deref().unwrap_or(&ALL_BASE);
+            let others = others.as_deref().unwrap_or(&ALL_BASE);
+            let first = number as u64 * CHUNK_BLOCKS;
+            for (block, (source, other)) in (first..self.blocks).zip(own.iter().zip(others)) {
+                if source != other {
+                    PageRun::push(&mut runs, block);
+                }
+            }
+        }
+        runs
+    }
+
     /// The blocks whose source fulfils `wanted`, which the base must not.
     pub(super) fn runs(&self, wanted: impl Fn(Source) -> bool) -> Vec<PageRun> {
         debug_assert!(!wanted(Source::BASE), "chunks that hold only base blocks do not exist");
@@ -145,6 +172,13 @@ mod tests {
                 let changed: Vec<u64> = index.runs(|source| source != Source::BASE).into_iter().flat_map(|run| run.first..run.end()).collect();
                 let expected: Vec<u64> = (0..BLOCKS).filter(|&block| model[block as usize] != Source::BASE).collect();
                 prop_assert_eq!(changed, expected);
+            }
+            for (index, model) in &kept {
+                for (other, other_model) in &kept {
+                    let differing: Vec<u64> = index.differing(other).into_iter().flat_map(|run| run.first..run.end()).collect();
+                    let expected: Vec<u64> = (0..BLOCKS).filter(|&block| model[block as usize] != other_model[block as usize]).collect();
+                    prop_assert_eq!(differing, expected);
+                }
             }
         }
     }

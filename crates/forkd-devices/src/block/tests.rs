@@ -131,24 +131,84 @@ proptest! {
         for (disk, model) in &mut pairs {
             prop_assert!(content(disk) == *model, "the disk differs from its model");
             // What is not listed as changed is as in the base.
-            let runs = disk.changed_runs();
+            disk.seal(tempfile::tempfile().unwrap());
+            let image = disk.image().unwrap();
+            let runs = image.runs_over(&image.bare());
             for block in 0..size.div_ceil(PAGE_SIZE) {
                 let listed = runs.iter().any(|run| run.first <= block && block < run.end());
                 let start = (block * PAGE_SIZE) as usize;
                 let end = (start + BLOCK).min(size as usize);
                 prop_assert!(listed || model[start..end] == base[start..end]);
                 let mut whole = [0xee; BLOCK];
-                disk.read_block(block, &mut whole).unwrap();
+                image.read_blocks(block, &mut whole).unwrap();
                 prop_assert_eq!(&whole[..end - start], &model[start..end]);
                 prop_assert!(whole[end - start..].iter().all(|&byte| byte == 0));
             }
             // A disk put together anew from the same layers is the same disk.
-            disk.seal(tempfile::tempfile().unwrap());
             let mut base_now = base.clone();
             base_now.truncate(size as usize);
             let again = BlockDisk::new(file(&base_now), size, disk.layers().to_vec(), tempfile::tempfile().unwrap()).unwrap();
             prop_assert!(content(&again) == *model, "the disk changes when its index is built again");
         }
+    }
+
+    #[test]
+    fn a_disk_tells_what_changed_since_it_was_put_together(
+        before in prop::collection::btree_map(0_u64..60, any::<Option<u8>>(), 0..40),
+        steps in prop::collection::vec((range(), prop_oneof![Just(None), any::<u8>().prop_map(Some)], any::<bool>()), 0..20),
+    ) {
+        let size = 60 * PAGE_SIZE - 1024;
+        let base = pattern(size as usize, 1);
+        let mut parent = base.clone();
+        parent.resize(60 * BLOCK, 0);
+        // A layer file holds whole blocks; what lies past the end of the disk is zeros.
+        let mut packed = Vec::new();
+        let mut extents = Vec::new();
+        for (&block, &fill) in &before {
+            let content = fill.map_or(vec![0; BLOCK], |seed| pattern(BLOCK, seed));
+            let place = (block * PAGE_SIZE) as usize;
+            parent[place..place + BLOCK].copy_from_slice(&content);
+            let offset = fill.map(|_| packed.len() as u64);
+            if fill.is_some() {
+                packed.extend(content);
+            }
+            extents.push(LayerExtent { run: PageRun { first: block, count: 1 }, offset });
+        }
+        parent[size as usize..].fill(0);
+        let layer = Arc::new(SealedLayer::packed(file(&packed), extents).unwrap());
+        let mut disk = BlockDisk::new(file(&base), size, vec![layer], tempfile::tempfile().unwrap()).unwrap();
+        let mut touched = std::collections::BTreeSet::new();
+        for ((at, len), what, seal) in steps {
+            let (at, len) = (at % size, len.min(size - at % size));
+            match what {
+                Some(seed) => disk.write_at(at, &pattern(len as usize, seed)).unwrap(),
+                None => disk.discard(at, len).unwrap(),
+            }
+            touched.extend(at / PAGE_SIZE..(at + len).div_ceil(PAGE_SIZE));
+            if seal {
+                disk.seal(tempfile::tempfile().unwrap());
+            }
+        }
+        let now = content(&disk);
+        disk.seal(tempfile::tempfile().unwrap());
+        let image = disk.image().unwrap();
+        let origin = image.origin();
+        prop_assert_eq!(origin.layers().len(), 1);
+        let (mut old, mut new) = (vec![0xee; 60 * BLOCK], vec![0xee; 60 * BLOCK]);
+        origin.read_blocks(0, &mut old).unwrap();
+        image.read_blocks(0, &mut new).unwrap();
+        prop_assert!(old == parent, "the origin is not what the disk was put together from");
+        prop_assert!(new[..size as usize] == now && new[size as usize..].iter().all(|byte| *byte == 0));
+        let listed: std::collections::BTreeSet<u64> =
+            image.runs_over(&origin).into_iter().flat_map(|run| run.first..run.end()).collect();
+        prop_assert!(listed.is_subset(&touched), "blocks nobody touched are listed: {:?}", listed.difference(&touched));
+        for block in (0..60).filter(|block| !listed.contains(block)) {
+            let range = block as usize * BLOCK..(block as usize + 1) * BLOCK;
+            prop_assert!(old[range.clone()] == new[range], "block {} changed and is not listed", block);
+        }
+        // A copy of the copy has the same origin.
+        let again = image.with_overlay(tempfile::tempfile().unwrap()).image().unwrap();
+        prop_assert_eq!(again.origin().layers().len(), 1);
     }
 
     #[test]
@@ -190,9 +250,12 @@ fn ranges_off_the_disk_are_refused() {
         assert!(matches!(disk.discard(offset, len as u64), Err(DiskError::OutOfBounds { .. })));
         assert!(matches!(disk.write_zeroes(offset, len as u64), Err(DiskError::OutOfBounds { .. })));
     }
-    assert!(disk.read_block(3, &mut [0; BLOCK]).is_ok());
-    assert!(disk.read_block(4, &mut [0; BLOCK]).is_err());
-    assert!(disk.read_block(u64::MAX, &mut [0; BLOCK]).is_err());
+    let image = disk.image().unwrap();
+    assert!(image.read_blocks(3, &mut [0; BLOCK]).is_ok());
+    assert!(image.read_blocks(2, &mut [0; 2 * BLOCK]).is_ok());
+    for (first, blocks) in [(3, 2), (4, 1), (u64::MAX, 1), (0, 5)] {
+        assert!(image.read_blocks(first, &mut vec![0; blocks * BLOCK]).is_err(), "{blocks} blocks at {first}");
+    }
     for size in [0, 100, 513] {
         assert!(matches!(DiskImage::new(file(b""), size, vec![]), Err(DiskError::Size { .. })));
     }
@@ -244,9 +307,14 @@ fn a_discard_gives_host_space_back() {
         look.metadata().unwrap().blocks()
     );
     // Trimming what a sparse base never held changes nothing.
-    assert_eq!(disk.changed_runs(), [PageRun { first: 0, count: 2048 }]);
+    let changed = |disk: &mut BlockDisk| {
+        disk.seal(tempfile::tempfile().unwrap());
+        let image = disk.image().unwrap();
+        image.runs_over(&image.bare())
+    };
+    assert_eq!(changed(&mut disk), [PageRun { first: 0, count: 2048 }]);
     disk.discard(8 << 20, 8 << 20).unwrap();
-    assert_eq!(disk.changed_runs(), [PageRun { first: 0, count: 2048 }]);
+    assert_eq!(changed(&mut disk), [PageRun { first: 0, count: 2048 }]);
 }
 
 // ---- the device ----

@@ -37,7 +37,7 @@ struct Library<'a> {
 
 /// The modules that `wanted` needs, each after what it depends on.
 ///
-/// A kernel that came as a bare image has none; what it needs must be built in.
+/// A kernel that came as an image alone has none; what it needs must be built in.
 pub(crate) fn resolve(kernel: &Kernel, wanted: &[Wanted<'_>]) -> Result<Vec<Module>> {
     let Some(dir) = &kernel.modules_dir else { return Ok(Vec::new()) };
     let library = Library::open(dir, &kernel.release)?;

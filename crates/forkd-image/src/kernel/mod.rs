@@ -44,7 +44,8 @@ pub enum KernelChoice {
     Package(String),
     /// A kernel package file.
     Deb(PathBuf),
-    /// A bzImage or `vmlinux`. It comes without modules, so what a guest needs must be built in.
+    /// A bzImage or `vmlinux`. Its modules are those in a `lib/modules` beside it, as in a package or on an
+    /// installed system; where there are none, what a guest needs must be built in.
     Image(PathBuf),
 }
 
@@ -55,7 +56,7 @@ pub struct Kernel {
     pub vmlinux: PathBuf,
     /// Its release, as `uname -r` shows it.
     pub release: String,
-    /// `lib/modules/<release>`; none for a kernel that came as a bare image.
+    /// `lib/modules/<release>`; none for a kernel that came as an image without them.
     pub modules_dir: Option<PathBuf>,
 }
 
@@ -157,7 +158,11 @@ pub fn upgrade(choice: &KernelChoice, cache_dir: &Path, progress: &mut dyn FnMut
     let kernels = cache_dir.join("kernels");
     let scratch = ScratchDir::new(&kernels)?;
     let (directory, kernel) = match choice.origin() {
-        Origin::Image(path) => from_image(path, &kernels, &scratch, progress)?,
+        Origin::Image(path) => {
+            let (directory, kernel) = from_image(path, &kernels, &scratch, progress)?;
+            let modules_dir = modules_beside(path, &kernel.release);
+            (directory, Kernel { modules_dir, ..kernel })
+        }
         Origin::Deb(path) => from_deb(path, &kernels, &scratch, progress)?,
         Origin::Packages(wanted) => match package::fetch(wanted, scratch.path(), progress)? {
             Fetched::Deb(path) => from_deb(&path, &kernels, &scratch, progress)?,
@@ -184,6 +189,15 @@ fn from_image(
     let made = scratch.path().join("made");
     fs::create_dir(&made).map_err(ImageError::io("create directory", &made))?;
     finish(path, None, &made, &target, scratch, progress).map(|kernel| (directory, kernel))
+}
+
+/// The modules of `release` that lie where they do beside the image at `path`: under the parent of its `boot`,
+/// or under its own directory.
+fn modules_beside(path: &Path, release: &str) -> Option<PathBuf> {
+    let own = std::path::absolute(path).ok()?.parent()?.to_owned();
+    let above = own.parent().unwrap_or(&own).to_owned();
+    let places = [above.join("lib/modules"), above.join("usr/lib/modules"), own.join("lib/modules")];
+    places.into_iter().map(|place| place.join(release)).find(|modules| modules.join("modules.builtin").is_file())
 }
 
 fn from_deb(

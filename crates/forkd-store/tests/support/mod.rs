@@ -43,7 +43,10 @@ pub fn staged(store: &Store, name: &str, content: &[u8]) -> (StagedSnapshot, Sna
         vmstate_digest: digest(content),
         memory_digest: digest(b"pages"),
         memory_pages: 1,
+        memory_zero_pages: 0,
         disks: vec![(digest(b"blocks"), 1)],
+        disk_zero_blocks: vec![0],
+        stored_bytes: 0,
     };
     let boot = Boot {
         kernel: blob(store, b"kernel"),

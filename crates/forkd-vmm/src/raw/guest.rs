@@ -85,7 +85,7 @@ pub(super) fn memory_layer(scratch: &std::path::Path, memory_bytes: u64, touched
 pub(super) fn boot(memory: File, memory_bytes: u64, private: Private) -> Result<Seed, Failure> {
     let kvm = Arc::new(Kvm::open()?);
     let layout = MemoryLayout::new(memory_bytes)?;
-    let ram = GuestRam::from_layers(layout, &[Layer::open(memory)?], Backing::File)?;
+    let ram = GuestRam::from_layers(layout, [Layer::open(memory)?], Backing::File)?;
     let base: File = rustix::fs::memfd_create(c"raw-disk", MemfdFlags::CLOEXEC)?.into();
     base.set_len(DISK_BYTES)?;
     let (mut console, console_end) = io::pipe()?;

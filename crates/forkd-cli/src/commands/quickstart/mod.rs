@@ -15,7 +15,7 @@ use super::spawn::ChildOptions;
 use super::{Context, spawn_error};
 use crate::bake::{Recipe, bake};
 use crate::children::Children;
-use crate::client::Client;
+use crate::client::{Client, ClientError};
 use crate::doctor::{Package, missing_packages};
 use crate::failure::advised;
 use crate::ingredients;
@@ -36,6 +36,9 @@ const FIRST_RESULT: &str = "[0.0, 0.0, 0.0, 0.0, 0.0]";
 const DIFFERING: &str = "\
 import os, json, socket
 print(json.dumps([socket.gethostname(), os.urandom(8).hex(), numpy.random.rand()]))";
+
+/// The daemon's code for a snapshot that was made on a processor with more features.
+const LACKS_FEATURES: &str = "processor_lacks_features";
 
 /// How long the guest may take until its agent answers; translated guests are slow.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(300);
@@ -65,11 +68,16 @@ impl QuickstartArgs {
         let mut interrupts = Interrupts::catch()?;
         let tag: Tag = TAG.parse().expect("the constant is a legal tag");
         let client = interrupts.guard(self.prepare(&tag, context)).await?;
-        let request = self.options.request(&tag, self.n);
-        let step = context.progress.step(format!("Forking n={}", self.n));
-        let children =
-            Children::spawn(&client, &request, &mut interrupts, &context.progress).await.map_err(spawn_error)?;
-        step.done(format_args!("Forked {} of {}; every agent answered", children.report().sandboxes.len(), self.n));
+        let children = match self.fork(&client, &tag, &mut interrupts, context).await {
+            Err(error) if is_of_another_processor(&error) => {
+                context.progress.say(format_args!("{error}"));
+                context.progress.say(format_args!("baking {tag} again, on this host"));
+                interrupts.guard(self.bake_again(&client, &tag, context)).await?;
+                self.fork(&client, &tag, &mut interrupts, context).await
+            }
+            outcome => outcome,
+        };
+        let children = children.map_err(spawn_error)?;
         let spawn = children.report().clone();
         let measured = {
             let (client, children_ref) = (&client, &children);
@@ -110,9 +118,35 @@ impl QuickstartArgs {
         if existing == Some(SnapshotStatus::Ready) {
             return Ok(reuse(client, tag, context));
         }
+        self.bake(&client, tag, existing.is_some(), context).await?;
+        Ok(client)
+    }
+
+    /// Forks the children and waits until all agents have answered.
+    async fn fork(
+        &self,
+        client: &Client,
+        tag: &Tag,
+        interrupts: &mut Interrupts,
+        context: &Context,
+    ) -> anyhow::Result<Children> {
+        let step = context.progress.step(format!("Forking n={}", self.n));
+        let request = self.options.request(tag, self.n);
+        let children = Children::spawn(client, &request, interrupts, &context.progress).await?;
+        step.done(format_args!("Forked {} of {}; every agent answered", children.report().sandboxes.len(), self.n));
+        Ok(children)
+    }
+
+    /// Replaces a snapshot that this host cannot run.
+    async fn bake_again(&self, client: &Client, tag: &Tag, context: &Context) -> anyhow::Result<()> {
+        self.announce_work(false, context).await?;
+        self.bake(client, tag, true, context).await
+    }
+
+    /// Builds what the snapshot is made of, where it is not cached, and makes it.
+    async fn bake(&self, client: &Client, tag: &Tag, replace: bool, context: &Context) -> anyhow::Result<()> {
         let plan = ingredients::Plan::new(&self.image, &[], None)?;
         let parts = plan.make(ingredients::default_kernel(), &context.data, &context.progress).await?;
-        let progress = &context.progress;
         let recipe = Recipe {
             tag: tag.clone(),
             vcpus: 1,
@@ -120,10 +154,9 @@ impl QuickstartArgs {
             run: Vec::new(),
             warm: vec![WarmStep { language: "python".into(), code: "import numpy".into() }],
             boot_timeout: BOOT_TIMEOUT,
-            replace: existing.is_some(),
+            replace,
         };
-        bake(&client, &parts, &recipe, progress).await?;
-        Ok(client)
+        bake(client, &parts, &recipe, &context.progress).await.map(drop)
     }
 
     /// Says what will be installed, downloaded and built; asks unless told not to; installs.
@@ -148,6 +181,13 @@ impl QuickstartArgs {
 async fn status(client: &Client, tag: &Tag) -> anyhow::Result<Option<SnapshotStatus>> {
     let snapshots = client.snapshots().await?;
     Ok(snapshots.into_iter().find(|snapshot| snapshot.tag == *tag).map(|snapshot| snapshot.status))
+}
+
+/// Whether the daemon refused the snapshot because its guest has seen processor features that this
+/// host lacks, as when a data directory moved to another host.
+fn is_of_another_processor(error: &anyhow::Error) -> bool {
+    let refusal = error.downcast_ref::<ClientError>();
+    refusal.and_then(ClientError::code) == Some(LACKS_FEATURES)
 }
 
 fn reuse(client: Client, tag: &Tag, context: &Context) -> Client {
@@ -194,4 +234,24 @@ fn confirm(work: &[String]) -> anyhow::Result<()> {
         return Ok(());
     }
     Err(advised(anyhow::anyhow!("nothing was done"), "forkd quickstart --yes"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use http::StatusCode;
+
+    fn refusal(status: StatusCode, body: &str) -> anyhow::Error {
+        ClientError::refused(status, body.as_bytes()).into()
+    }
+
+    #[test]
+    fn only_a_snapshot_of_another_processor_is_baked_again() {
+        let lacking = r#"{"error":"snapshot quickstart needs avx2","code":"processor_lacks_features"}"#;
+        assert!(is_of_another_processor(&refusal(StatusCode::CONFLICT, lacking)));
+        let unready = r#"{"error":"snapshot quickstart is not ready","code":"snapshot_not_ready"}"#;
+        assert!(!is_of_another_processor(&refusal(StatusCode::CONFLICT, unready)));
+        assert!(!is_of_another_processor(&refusal(StatusCode::NOT_FOUND, "processor_lacks_features")));
+        assert!(!is_of_another_processor(&anyhow::anyhow!("processor_lacks_features")));
+    }
 }

@@ -203,7 +203,13 @@ mod tests {
             (child, evaluation)
         };
         let (children, differing) = stdouts.iter().enumerate().map(child).unzip();
-        let spawn = SpawnReport { sandboxes: Vec::new(), failures: Vec::new(), timings: Vec::new(), total_us: 10 };
+        let spawn = SpawnReport {
+            sandboxes: Vec::new(),
+            failures: Vec::new(),
+            timings: Vec::new(),
+            total_us: 10,
+            warnings: Vec::new(),
+        };
         Report::new(spawn, children, differing, 1, Duration::from_secs(1))
     }
 
