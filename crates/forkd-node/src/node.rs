@@ -308,11 +308,15 @@ impl Node {
         let removed = blocking("removing a snapshot", move || {
             let mut removed = Vec::new();
             let doomed = match removal {
-                Removal::Guarded => Vec::new(),
+                Removal::Guarded | Removal::Forced => Vec::new(),
                 Removal::Cascade => store.descendants(&own)?,
             };
             for tag in doomed.into_iter().chain([own]) {
-                match store.remove(&tag) {
+                let done = match removal {
+                    Removal::Forced => store.remove_forced(&tag).map(drop),
+                    Removal::Guarded | Removal::Cascade => store.remove(&tag),
+                };
+                match done {
                     // All there was of it is the memory of its failure, which is gone now.
                     Err(StoreError::NotFound { .. }) if was_failed => {}
                     done => done?,

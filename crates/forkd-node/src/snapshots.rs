@@ -9,7 +9,7 @@ use forkd_types::Tag;
 use forkd_types::rest::{SnapshotInfo, SnapshotStatus};
 use serde::{Deserialize, Serialize};
 
-use crate::error::NodeResult;
+use crate::error::{NodeResult, with_causes};
 
 /// What a removal does about snapshots that derive from the removed one.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -18,6 +18,8 @@ pub enum Removal {
     Guarded,
     /// Remove them first, leaves before their parents.
     Cascade,
+    /// Leave them; they cannot be used any more.
+    Forced,
 }
 
 /// `GET /v1/snapshots/:tag/info`. Absent optional fields are left out.
@@ -110,7 +112,17 @@ impl VerifyProgress {
 /// One entry of the list.
 pub(crate) fn info(store: &Store, listed: &Listed) -> SnapshotInfo {
     match listed {
-        Listed::Ready { snapshot, stored_bytes } => ready_info(snapshot, Some(*stored_bytes)),
+        Listed::Ready { snapshot, stored_bytes } => {
+            let info = ready_info(snapshot, Some(*stored_bytes));
+            // A layer is only as good as what it lies on.
+            match snapshot.meta.parent.as_ref().map(|_| store.chain(&snapshot.meta.tag)) {
+                Some(Err(error)) => {
+                    let warning = Some(with_causes(&error));
+                    SnapshotInfo { status: SnapshotStatus::Failed, bootable: false, warning, ..info }
+                }
+                _ => info,
+            }
+        }
         Listed::Writing { tag } => {
             SnapshotInfo { status: SnapshotStatus::Writing, ..unusable(tag, &directory(store, tag), None) }
         }

@@ -65,6 +65,17 @@ pub enum StoreError {
         /// The digest of the snapshot that has the parent's tag now.
         actual: Option<Digest>,
     },
+    /// A snapshot derives from too many others.
+    #[error(
+        "snapshot {tag} would lie over more than {limit} others; make a snapshot with all of its contents instead, \
+         which lies over none"
+    )]
+    TooDeep {
+        /// The snapshot at the end of the chain.
+        tag: Tag,
+        /// The most ancestors that a snapshot has.
+        limit: usize,
+    },
     /// A snapshot's directory is there but cannot be used.
     #[error("snapshot {tag} in {} is unusable: {reason}", dir.display())]
     Damaged {
@@ -142,6 +153,7 @@ impl StoreError {
             Self::AlreadyExists { .. } => "snapshot_exists",
             Self::HasChildren { .. } => "snapshot_has_children",
             Self::ParentMissing { .. } => "snapshot_parent_missing",
+            Self::TooDeep { .. } => "snapshot_too_deep",
             Self::Damaged { .. } => "snapshot_damaged",
             Self::Inconsistent { .. } => "snapshot_inconsistent",
             Self::DigestMismatch { .. } => "digest_mismatch",

@@ -34,7 +34,7 @@ pub use meta::{
     Boot, CURRENT, CpuFacts, DISK_LAYER_PREFIX, DiffFacts, Disk, DiskLayer, MEMORY_LAYER, MemoryLayer, ParentRef,
     SNAPSHOT_JSON, SnapshotMeta, VMSTATE, VmState, disk_layer_name,
 };
-pub use snapshots::{Listed, Snapshot};
+pub use snapshots::{DEPTH_LIMIT, Listed, Snapshot};
 pub use staged::StagedSnapshot;
 pub use store::Store;
 pub use verify::{Checked, Outcome, VerifyProgress, VerifyReport};

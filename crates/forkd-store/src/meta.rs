@@ -240,6 +240,34 @@ impl SnapshotMeta {
         Ok(meta)
     }
 
+    /// Whether the layers can lie over those of `parent`: memory and disks must be of the same size, and
+    /// disks over the same images.
+    pub(crate) fn check_over(&self, parent: &Self) -> Result<(), String> {
+        let tag = &parent.tag;
+        let disks = |meta: &Self| meta.disks.iter().map(|disk| (disk.base, disk.logical_bytes)).collect::<Vec<_>>();
+        let (own, parents) = (disks(self), disks(parent));
+        if self.memory_bytes != parent.memory_bytes {
+            let (own, parents) = (self.memory_bytes, parent.memory_bytes);
+            return Err(format!("it has {own} bytes of memory, its parent {tag} has {parents}"));
+        }
+        if own.len() != parents.len() {
+            return Err(format!("it has {} disks, its parent {tag} has {}", own.len(), parents.len()));
+        }
+        for (index, ((base, bytes), (parents_base, parents_bytes))) in own.into_iter().zip(parents).enumerate() {
+            if bytes != parents_bytes {
+                return Err(format!(
+                    "its disk {index} has {bytes} bytes, that of its parent {tag} has {parents_bytes}"
+                ));
+            }
+            if base != parents_base {
+                return Err(format!(
+                    "its disk {index} lies over image {base}, that of its parent {tag} over {parents_base}"
+                ));
+            }
+        }
+        Ok(())
+    }
+
     /// What would make the description unusable whatever files there are.
     pub(crate) fn check(&self) -> Result<(), String> {
         for file in self.files() {

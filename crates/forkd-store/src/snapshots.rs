@@ -7,9 +7,12 @@ use std::path::{Path, PathBuf};
 use forkd_types::{Digest, Tag};
 
 use crate::disk_usage;
-use crate::meta::{SIZE_LIMIT, SNAPSHOT_JSON, SnapshotMeta, VMSTATE};
+use crate::meta::{ParentRef, SIZE_LIMIT, SNAPSHOT_JSON, SnapshotMeta, VMSTATE};
 use crate::store::{Store, remove_all};
 use crate::{Result, StoreError};
+
+/// The most ancestors of a snapshot. A zygote opens every layer between the base and its snapshot.
+pub const DEPTH_LIMIT: usize = 64;
 
 /// A published snapshot. It never changes; it may be removed or replaced while this value lives.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -120,17 +123,35 @@ impl Store {
     /// The snapshot `tag` and all it derives from, the base first: the order in which memory and
     /// disk layers are laid over one another.
     ///
+    /// Every parent is checked to have the digest that its child recorded, which covers its description
+    /// and thereby the digests of its files; the files themselves are not read.
+    ///
     /// # Errors
-    /// As [`Store::get`], and [`StoreError::ParentMissing`].
+    /// As [`Store::get`], and [`StoreError::ParentMissing`], [`StoreError::TooDeep`].
     pub fn chain(&self, tag: &Tag) -> Result<Vec<Snapshot>> {
-        let mut chain = vec![self.get(tag)?];
-        while let Some(parent) = chain.last().and_then(|newest| newest.meta.parent.clone()) {
-            let child = chain.last().map(|newest| newest.meta.tag.clone()).expect("the chain is never empty");
-            // A cycle would need a snapshot.json that holds its own BLAKE3, so this ends.
-            chain.push(self.parent(&child, &parent)?);
-        }
+        let newest = self.get(tag)?;
+        let mut chain = self.ancestors(tag, newest.meta.parent.as_ref())?;
+        chain.insert(0, newest);
         chain.reverse();
         Ok(chain)
+    }
+
+    /// What a snapshot `tag` over `parent` derives from, its parent first.
+    pub(crate) fn ancestors(&self, tag: &Tag, parent: Option<&ParentRef>) -> Result<Vec<Snapshot>> {
+        let mut ancestors: Vec<Snapshot> = Vec::new();
+        let mut child = tag.clone();
+        let mut next = parent.cloned();
+        // A cycle would need a snapshot.json that holds its own BLAKE3, so this ends.
+        while let Some(parent) = next {
+            if ancestors.len() == DEPTH_LIMIT {
+                return Err(StoreError::TooDeep { tag: tag.clone(), limit: DEPTH_LIMIT });
+            }
+            let found = self.parent(&child, &parent)?;
+            next = found.meta.parent.clone();
+            child = parent.tag;
+            ancestors.push(found);
+        }
+        Ok(ancestors)
     }
 
     /// All snapshots in the order of their tags. A broken one is an entry, not an error.
@@ -151,12 +172,32 @@ impl Store {
     /// # Errors
     /// [`StoreError::HasChildren`] while others derive from it, [`StoreError::NotFound`].
     pub fn remove(&self, tag: &Tag) -> Result<()> {
+        self.remove_if(tag, || self.refuse_children(tag))
+    }
+
+    /// Removes the snapshot `tag` although others may derive from it, and returns those that do so
+    /// directly. They stay, and with everything that derives from them are of no use any more:
+    /// [`Store::chain`] says of each which parent is missing.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`].
+    pub fn remove_forced(&self, tag: &Tag) -> Result<Vec<Tag>> {
+        let mut orphans = Vec::new();
+        self.remove_if(tag, || {
+            orphans = self.children(tag)?;
+            Ok(())
+        })?;
+        Ok(orphans)
+    }
+
+    /// Removes `tag` if `allow` does not object; nothing is published or removed meanwhile.
+    fn remove_if(&self, tag: &Tag, allow: impl FnOnce() -> Result<()>) -> Result<()> {
         let changes = self.shared.changes();
         let dir = self.shared.snapshot(tag);
         if dir.symlink_metadata().is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
             return Err(StoreError::NotFound { tag: tag.clone() });
         }
-        self.refuse_children(tag)?;
+        allow()?;
         let grave = self.shared.bury(&dir, tag.as_str())?;
         drop(changes);
         remove_all(&grave)
@@ -169,7 +210,9 @@ impl Store {
         let mut found = vec![tag.clone()];
         let mut next = 0;
         while next < found.len() {
-            let children = children_among(&published, &found[next]);
+            // Each has one parent, but one that is broken counts as whatever its tag is named for.
+            let mut children = children_among(&published, &found[next]);
+            children.retain(|child| !found.contains(child));
             found.extend(children);
             next += 1;
         }
@@ -208,7 +251,7 @@ impl Store {
     }
 
     /// The parent that `child` names, or why it is not there.
-    pub(crate) fn parent(&self, child: &Tag, parent: &crate::ParentRef) -> Result<Snapshot> {
+    pub(crate) fn parent(&self, child: &Tag, parent: &ParentRef) -> Result<Snapshot> {
         let missing = |actual| StoreError::ParentMissing {
             tag: child.clone(),
             parent: parent.tag.clone(),
@@ -223,23 +266,33 @@ impl Store {
         }
     }
 
-    /// Fails while another snapshot names `tag` as its parent.
+    /// Fails while another snapshot derives from `tag`.
     pub(crate) fn refuse_children(&self, tag: &Tag) -> Result<()> {
+        let children = self.children(tag)?;
+        if children.is_empty() { Ok(()) } else { Err(StoreError::HasChildren { tag: tag.clone(), children }) }
+    }
+
+    /// The snapshots that derive directly from the one published as `tag`, in the order of their tags.
+    pub(crate) fn children(&self, tag: &Tag) -> Result<Vec<Tag>> {
         let mut children = children_among(&self.published()?, tag);
-        if children.is_empty() {
-            return Ok(());
-        }
         children.sort();
-        Err(StoreError::HasChildren { tag: tag.clone(), children })
+        Ok(children)
     }
 }
 
+/// The children of `parent`. Those of an earlier snapshot of the same tag, which was removed by force, are
+/// not among them; of a broken one the digest is not known, and all that name the tag are.
 fn children_among(published: &[Listed], parent: &Tag) -> Vec<Tag> {
-    let named = |listed: &&Listed| match listed {
-        Listed::Ready { snapshot, .. } => snapshot.meta.parent.as_ref().is_some_and(|named| named.tag == *parent),
+    let digest = published.iter().find_map(|listed| match listed {
+        Listed::Ready { snapshot, .. } if snapshot.meta.tag == *parent => Some(snapshot.digest),
+        _ => None,
+    });
+    let derives = |named: &ParentRef| named.tag == *parent && digest.is_none_or(|digest| named.digest == digest);
+    let child = |listed: &&Listed| match listed {
+        Listed::Ready { snapshot, .. } => snapshot.meta.parent.as_ref().is_some_and(derives),
         Listed::Writing { .. } | Listed::Failed { .. } => false,
     };
-    published.iter().filter(named).map(|listed| listed.tag().clone()).collect()
+    published.iter().filter(child).map(|listed| listed.tag().clone()).collect()
 }
 
 /// The bytes of a file, or `None` when there are more than a description may have.

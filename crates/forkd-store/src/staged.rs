@@ -50,17 +50,19 @@ impl Store {
     /// goes in the same step; without, or when others derive from the earlier one, that is an error.
     ///
     /// # Errors
-    /// [`StoreError::AlreadyExists`], [`StoreError::HasChildren`], [`StoreError::ParentMissing`],
-    /// [`StoreError::Inconsistent`] when the files or blobs that `meta` names are not there. After an
-    /// error the staged snapshot is gone and the store is as it was.
+    /// [`StoreError::AlreadyExists`], [`StoreError::HasChildren`]; [`StoreError::ParentMissing`] when the
+    /// parent or any of its own is not there as recorded, [`StoreError::TooDeep`];
+    /// [`StoreError::Inconsistent`] when the files or blobs that `meta` names are not there, or the parent
+    /// is of another machine. After an error the staged snapshot is gone and the store is as it was.
     pub fn publish(&self, staged: StagedSnapshot, meta: SnapshotMeta, replace: bool) -> Result<Snapshot> {
         staged.check(&meta)?;
         let digest = staged.seal(&meta)?;
         let target = self.shared.snapshot(&staged.tag);
         // Dropped before `staged`, which takes the lock to leave the list of those being written.
         let _changes = self.shared.changes();
-        if let Some(parent) = &meta.parent {
-            self.parent(&meta.tag, parent)?;
+        if let [parent, ..] = self.ancestors(&meta.tag, meta.parent.as_ref())?.as_slice() {
+            meta.check_over(&parent.meta)
+                .map_err(|reason| StoreError::Inconsistent { tag: meta.tag.clone(), reason })?;
         }
         if durable::move_new(&staged.path, &target)? == Moved::Taken {
             if !replace {

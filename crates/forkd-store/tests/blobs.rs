@@ -119,7 +119,9 @@ fn a_full_disk_is_told_as_such_and_the_store_stays_usable() {
     let kept = support::publish(&store, "kept", b"kept", None).expect("publish");
     let mut writer = store.stage_blob().expect("stage");
     let full = (0..16).map(|index| writer.write_all(&[index + 1; 1 << 20])).find_map(Result::err);
-    assert_eq!(full.expect("4 MiB are full").kind(), std::io::ErrorKind::StorageFull);
+    let full = full.expect("4 MiB are full");
+    assert_eq!(full.kind(), std::io::ErrorKind::StorageFull);
+    assert!(full.to_string().contains(&at.display().to_string()), "{full}");
     assert!(writer.finish(None).is_err(), "a torn blob never finishes");
 
     let big = dir.path().join("big");

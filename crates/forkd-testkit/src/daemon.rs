@@ -21,7 +21,7 @@ mount -t tmpfs -o "size=$size,mode=700" forkd-test "$dir"
 mkdir -m 700 "$dir/blobs" "$dir/snapshots"
 ln -s "$store"/blobs/* "$dir/blobs/"
 cp "$programs/forkd-vmm" "$dir.vmm"
-setsid "$programs/forkd-controller" serve --no-tcp --state-dir "$dir" --vmm "$dir.vmm" \
+setsid "$programs/forkd-controller" serve --no-tcp --kill-on-exit --state-dir "$dir" --vmm "$dir.vmm" \
     </dev/null >"$dir.log" 2>&1 &
 echo $!
 "#;
@@ -118,8 +118,14 @@ impl<'a> Daemon<'a> {
             "disk": description["disks"][0]["base"],
             "kernel": description["kernel"],
             "initramfs": description["initramfs"],
-            "boot_timeout_secs": 300,
+            "boot_timeout_secs": 120,
         }))
+    }
+
+    /// Bakes, and returns everything that was told of it, one event a line.
+    pub fn bake(&self, request: &serde_json::Value) -> Result<String> {
+        let _turn = self.host.turn_to_boot();
+        Ok(self.call("POST", "/v1/bakes", Body::Text(&request.to_string()))?.body)
     }
 
     /// Sends it a request and waits for the whole answer.

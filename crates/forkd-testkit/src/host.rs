@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -12,8 +12,12 @@ use crate::{Output, Sandbox};
 
 /// Names the directory with the programs under test.
 const BIN_DIR: &str = "FORKD_BIN_DIR";
+/// Environment variable that names the directory of the tests' data, the machine among it.
+const DATA_DIR: &str = "FORKD_TESTKIT_DATA";
 /// The root disk of the tests: Python and numpy, as in the quick start.
 pub const NUMPY_DISK: &str = "debian:bookworm?include=python3-numpy";
+/// Seconds that a guest may take until its agent answers: several times what the slowest needs.
+const BOOT_TIMEOUT: &str = "90";
 /// The snapshot made of it.
 const NUMPY_TAG: &str = "testkit-numpy";
 
@@ -24,6 +28,7 @@ pub struct Host {
     data: PathBuf,
     numpy: OnceLock<Snapshot>,
     baking: Mutex<()>,
+    booting: Mutex<()>,
 }
 
 /// A snapshot to spawn from.
@@ -53,9 +58,9 @@ impl Host {
         if !forkd.is_file() {
             bail!("{} does not exist; `make build` makes it, or set {BIN_DIR}", forkd.display());
         }
-        let data = workspace.join("target/testkit");
+        let data = std::env::var_os(DATA_DIR).map_or_else(|| workspace.join("target/testkit"), PathBuf::from);
         std::fs::create_dir_all(&data)?;
-        Ok(Self { forkd, data, numpy: OnceLock::new(), baking: Mutex::new(()) })
+        Ok(Self { forkd, data, numpy: OnceLock::new(), baking: Mutex::default(), booting: Mutex::default() })
     }
 
     /// What is kept between runs.
@@ -164,17 +169,27 @@ impl Host {
 
     /// Bakes the disk `source` into the snapshot `tag` with further options of `from-image`.
     pub fn bake_of(&self, source: &str, tag: &str, options: &[&str]) -> Result<Snapshot> {
-        let mut arguments = vec!["from-image", source, "--tag", tag];
+        let mut arguments = vec!["from-image", source, "--tag", tag, "--boot-timeout-secs", BOOT_TIMEOUT];
         arguments.extend(options);
+        let _turn = self.turn_to_boot();
         self.forkd(&arguments)?.success()?;
         Ok(Snapshot { tag: tag.to_owned() })
     }
 
+    /// Kernels that boot at the same time are what the translated machine dies of most often.
+    pub(crate) fn turn_to_boot(&self) -> MutexGuard<'_, ()> {
+        self.booting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Forks `n` children, all of which must come up.
     pub fn spawn(&self, snapshot: &Snapshot, n: u32) -> Result<Vec<Sandbox<'_>>> {
-        let report: SpawnReport =
-            self.forkd(&["spawn", "--tag", &snapshot.tag, "-n", &n.to_string(), "--json"])?.json()?;
-        let sandboxes: Vec<_> = report.sandboxes.into_iter().map(|info| Sandbox::new(self, info)).collect();
+        self.collect_children(n, &["spawn", "--tag", &snapshot.tag, "-n", &n.to_string(), "--json"])
+    }
+
+    /// Runs a `forkd` command that makes `n` sandboxes, all of which must come up.
+    pub(crate) fn collect_children(&self, n: u32, command: &[&str]) -> Result<Vec<Sandbox<'_>>> {
+        let report: SpawnReport = self.forkd(command)?.json()?;
+        let sandboxes: Vec<_> = report.sandboxes.into_iter().map(|info| self.adopt(info)).collect();
         if sandboxes.len() != n as usize {
             bail!("{} of {n} children came up; failures: {:?}", sandboxes.len(), report.failures);
         }
@@ -201,6 +216,11 @@ impl Host {
         let outcome = self.spawn_one(&snapshot).and_then(|sandbox| ask(&sandbox));
         self.forkd(&["rmi", tag])?.success()?;
         outcome
+    }
+
+    /// The snapshot `tag`, to be spawned from; whether it is there is found then.
+    pub fn snapshot(&self, tag: &str) -> Snapshot {
+        Snapshot { tag: tag.to_owned() }
     }
 
     /// Forks one child.

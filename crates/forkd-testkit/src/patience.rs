@@ -22,8 +22,9 @@ const PATIENCE: Duration = Duration::from_secs(300);
 /// How often a test that lost its guest is begun.
 const ATTEMPTS: u32 = 4;
 /// What a test says when its guest or the machine around it was lost.
-const LOST: [&str; 12] = [
+const LOST: [&str; 13] = [
     "was taken for hung",
+    "no answer within",
     "closed the connection",
     "connection closed",
     "early eof",

@@ -63,6 +63,16 @@ impl<'a> Sandbox<'a> {
         }
     }
 
+    /// Makes `n` running copies of it, all of which must come up.
+    pub fn branch(&self, n: u32) -> Result<Vec<Sandbox<'a>>> {
+        self.host.collect_children(n, &["branch", self.id().as_str(), "-n", &n.to_string(), "--json"])
+    }
+
+    /// Makes one running copy of it.
+    pub fn branch_once(&self) -> Result<Sandbox<'a>> {
+        Ok(self.branch(1)?.remove(0))
+    }
+
     /// Waits until its machine has ended by itself and returns the reason that is given.
     pub fn wait_for_end(&self) -> Result<String> {
         let mut reason = None;

@@ -36,6 +36,31 @@ fn twenty_siblings_answer_and_are_pairwise_different() -> Result<()> {
 }
 
 #[test]
+fn depth_is_not_special() -> Result<()> {
+    on_real_guests(|host| {
+        let mut line = vec![host.spawn_one(host.numpy()?)?];
+        for generation in 0..3 {
+            let newest = line.last().expect("never empty");
+            newest.eval(&format!("generation = {generation}"))?;
+            newest.sh(&format!("echo {generation} > /root/generation && sync"))?;
+            line.push(newest.branch_once()?);
+        }
+        all_differ(&line, "1 KiB of /dev/urandom", |s| s.sh("head -c 1024 /dev/urandom | sha256sum"))?;
+        all_differ(&line, "Python's random", |s| s.eval("random.random()"))?;
+        all_differ(&line, "numpy's global generator", |s| s.eval("numpy.random.rand()"))?;
+        all_differ(&line, "the host name", |s| s.exec(&["hostname"]))?;
+        all_differ(&line, "the machine id", |s| s.exec(&["cat", "/etc/machine-id"]))?;
+        all_differ(&line, "the sandbox id inside", |s| s.exec(&["cat", "/run/forkd/sandbox-id"]))?;
+        // Each has what its source had when it was copied, and what it wrote itself.
+        for (sandbox, expected) in line.iter().zip(["0", "1", "2", "2"]) {
+            ensure!(sandbox.eval("generation")? == expected);
+            ensure!(sandbox.exec(&["cat", "/root/generation"])? == expected);
+        }
+        Ok(())
+    })
+}
+
+#[test]
 fn what_one_copy_writes_no_other_sees() -> Result<()> {
     on_real_guests(|host| {
         let siblings = host.spawn(host.numpy()?, 3)?;

@@ -7,9 +7,8 @@ use forkd_testkit::{Body, Daemon, Said, on_real_guests};
 fn a_full_disk_fails_a_bake_by_name_and_leaves_nothing_half_made() -> Result<()> {
     on_real_guests(|host| {
         let daemon = Daemon::start(host, "32m")?;
-        let request = daemon.bake_request(host.numpy()?, "too-big")?.to_string();
-        let baked = daemon.call("POST", "/v1/bakes", Body::Text(&request))?;
-        let last = baked.body.lines().last().unwrap_or_default();
+        let baked = daemon.bake(&daemon.bake_request(host.numpy()?, "too-big")?)?;
+        let last = baked.lines().last().unwrap_or_default();
         last.says(&[r#""event":"failed""#, "No space left on device", "memory.layer", daemon.directory()])?;
         ensure!(!last.contains("its console ends"), "the guest has no part in it: {last}");
         ensure!(daemon.call("GET", "/v1/snapshots", Body::Text(""))?.body == "[]");
@@ -46,9 +45,8 @@ fn a_monitor_program_that_is_gone_is_named_and_the_daemon_lives_on() -> Result<(
         let refused = daemon.call("POST", "/v1/sandboxes", Body::Text(&spawn))?;
         ensure!(refused.status == 500, "{refused:?}");
         refused.body.says(&["monitor_not_started", &path, "No such file", "--vmm"])?;
-        let request = daemon.bake_request(numpy, "never")?.to_string();
-        let baked = daemon.call("POST", "/v1/bakes", Body::Text(&request))?;
-        baked.body.lines().last().unwrap_or_default().says(&[r#""event":"failed""#, &path, "No such file"])?;
+        let baked = daemon.bake(&daemon.bake_request(numpy, "never")?)?;
+        baked.lines().last().unwrap_or_default().says(&[r#""event":"failed""#, &path, "No such file"])?;
         daemon.is_well_and_tidy()
     })
 }

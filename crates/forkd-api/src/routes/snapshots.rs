@@ -38,7 +38,11 @@ pub(crate) async fn remove(
         let message = "cascade and force exclude one another: remove the dependents too, or leave them unusable";
         return Err(ApiError::bad_request("cascade_and_force", message));
     }
-    let removal = if query.cascade { Removal::Cascade } else { Removal::Guarded };
+    let removal = match (query.cascade, query.force) {
+        (true, _) => Removal::Cascade,
+        (false, true) => Removal::Forced,
+        (false, false) => Removal::Guarded,
+    };
     api.node.remove_snapshot(&tag, removal).await?;
     Ok(StatusCode::NO_CONTENT)
 }

@@ -20,7 +20,9 @@ use crate::state::MachineConfig;
 
 /// Where the code is.
 const CODE: u64 = 0x1000;
-/// Runs once when the machine boots, and once more in each copy: increment the byte at 0x3000 (a
+/// What the code counts in, on a page that the snapshot stores.
+const COUNTER: u64 = 0x3000;
+/// Runs once when the machine boots, and once more in each copy: increment the byte at [`COUNTER`] (a
 /// write fault on a shared page), print a newline on COM1, halt with interrupts off.
 const PROGRAM: [u8; 21] = [
     0xb0, 0x0a, //       mov  al, '\n'
@@ -72,6 +74,8 @@ pub(super) fn memory_layer(scratch: &std::path::Path, memory_bytes: u64, touched
     let mut page = vec![0; PAGE_SIZE as usize];
     page[..PROGRAM.len()].copy_from_slice(&PROGRAM);
     writer.store(CODE / PAGE_SIZE, &page)?;
+    page.fill(1);
+    writer.store(COUNTER / PAGE_SIZE, &page)?;
     for number in (1 << 20) / PAGE_SIZE..touched_bytes.min(memory_bytes) / PAGE_SIZE {
         page.fill(number as u8 | 1);
         writer.store(number, &page)?;

@@ -1,7 +1,7 @@
 //! A zygote of the tiny guest in a process of its own, and copies of it, asked for as a node asks.
 
 use std::io::PipeReader;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -59,7 +59,13 @@ impl RawZygote {
         let (control, theirs) = UnixStream::pair()?;
         let private = Private::new(scratch)?;
         if fork::fork()? == Side::Child {
-            drop(control);
+            // Not the control sockets of zygotes that other threads launch: each would keep the others alive.
+            fork::close_all_but(&[
+                memory.as_raw_fd(),
+                private.vsock.as_raw_fd(),
+                private.overlay.as_raw_fd(),
+                theirs.as_raw_fd(),
+            ]);
             fork::exit(hold(memory, memory_bytes, private, theirs.into()));
         }
         drop(theirs);

@@ -1,0 +1,170 @@
+//! Running sandboxes are copied, snapshotted and rewound, and go on as if nothing had happened.
+
+use anyhow::{Result, ensure};
+use forkd_testkit::{Host, Said, on_real_guests};
+use forkd_types::rest::{CheckpointInfo, SnapshotInfo, SnapshotStatus};
+
+/// Removes what an earlier attempt of the test left.
+fn without(host: &Host, tags: &[&str]) -> Result<()> {
+    let there = host.snapshots()?;
+    for tag in tags.iter().rev().filter(|tag| there.iter().any(|info| info.tag.as_str() == **tag)) {
+        host.forkd(&["rmi", tag])?.success()?;
+    }
+    Ok(())
+}
+
+fn listed(host: &Host, tag: &str) -> Result<Option<SnapshotInfo>> {
+    Ok(host.snapshots()?.into_iter().find(|info| info.tag.as_str() == tag))
+}
+
+#[test]
+fn copies_of_a_running_sandbox_are_all_of_one_instant() -> Result<()> {
+    on_real_guests(|host| {
+        let source = host.spawn_one(host.numpy()?)?;
+        // The log is on disk before the counter in memory is raised: whoever has the counter has the log.
+        source.exec_with(
+            &["--detach"],
+            &[
+                "sh",
+                "-c",
+                "echo $$ > /run/loop; i=0; while :; do i=$((i+1)); echo $i >> /root/log; sync /root/log; echo $i > /run/counter; done",
+            ],
+        )?;
+        host.wait_until("the loop runs", || {
+            Ok(source.sh("cat /run/counter 2>/dev/null || echo 0")?.parse::<u64>()? > 5)
+        })?;
+        let copies = source.branch(3)?;
+        for copy in &copies {
+            let counter: u64 = copy.sh("kill -9 $(cat /run/loop); cat /run/counter")?.parse()?;
+            // From the disk, not from the page cache that came with the memory.
+            copy.sh("sync; echo 3 > /proc/sys/vm/drop_caches")?;
+            let log: Vec<u64> = copy.sh("cat /root/log")?.lines().map(str::parse).collect::<Result<_, _>>()?;
+            ensure!(log.iter().copied().eq(1..=log.len() as u64), "the log has a gap: {log:?}");
+            ensure!(log.len() as u64 >= counter, "memory says {counter}, the disk has {}", log.len());
+        }
+        let before: u64 = source.sh("cat /run/counter")?.parse()?;
+        host.wait_until("the source goes on", || Ok(source.sh("cat /run/counter")?.parse::<u64>()? > before))
+    })
+}
+
+#[test]
+fn a_snapshot_of_a_running_sandbox_needs_nothing_but_itself() -> Result<()> {
+    on_real_guests(|host| {
+        without(host, &["testkit-base", "testkit-shot"])?;
+        let first = host.spawn_one(host.numpy()?)?;
+        first.eval("memory = 'of the sandbox'")?;
+        first.sh("echo 'disk of the sandbox' > /root/note")?;
+        let id = first.id().as_str();
+        host.forkd(&["snapshot", "--from-sandbox", id, "--tag", "testkit-base", "--sync"])?.success()?;
+        first.eval("memory = 'changed since'")?;
+
+        let second = host.spawn_one(&host.snapshot("testkit-base"))?;
+        second.sh("echo 'and of its copy' >> /root/note")?;
+        let id = second.id().as_str();
+        host.forkd(&["snapshot", "--from-sandbox", id, "--tag", "testkit-shot", "--sync"])?.success()?;
+        host.forkd(&["rmi", "testkit-base"])?.success()?;
+        host.forkd(&["verify", "testkit-shot"])?.success()?;
+
+        let third = host.spawn_one(&host.snapshot("testkit-shot"))?;
+        ensure!(third.eval("memory")? == "'of the sandbox'");
+        ensure!(third.exec(&["cat", "/root/note"])? == "disk of the sandbox\nand of its copy");
+        ensure!(first.eval("memory")? == "'changed since'");
+        without(host, &["testkit-shot"])
+    })
+}
+
+#[test]
+fn a_snapshot_that_nobody_waits_for_is_writing_and_then_ready() -> Result<()> {
+    on_real_guests(|host| {
+        without(host, &["testkit-later"])?;
+        let sandbox = host.spawn_one(host.numpy()?)?;
+        let id = sandbox.id().as_str();
+        host.forkd(&["snapshot", "--from-sandbox", id, "--tag", "testkit-later", "--live", "--no-wait"])?.success()?;
+        let entries = host.snapshots()?.into_iter().filter(|info| info.tag.as_str() == "testkit-later").count();
+        ensure!(entries == 1, "it is listed {entries} times");
+        host.wait_until("it is ready", || {
+            let info = listed(host, "testkit-later")?;
+            ensure!(!matches!(&info, Some(info) if info.status == SnapshotStatus::Failed), "{info:?}");
+            Ok(info.is_some_and(|info| info.bootable))
+        })?;
+        host.forkd(&["snapshot", "--from-sandbox", id, "--tag", "testkit-later"])?
+            .failure(1)?
+            .says(&["testkit-later"])?;
+        ensure!(sandbox.eval("1 + 1")? == "2");
+        without(host, &["testkit-later"])
+    })
+}
+
+#[test]
+fn layers_hold_what_changed_and_are_guarded() -> Result<()> {
+    on_real_guests(|host| {
+        without(host, &["testkit-one", "testkit-two", "testkit-flat"])?;
+        let base = &host.numpy()?.tag;
+        let layer = |from: &str, tag: &str, command: &str| {
+            host.forkd(&["snapshot-diff", "--from", from, "--tag", tag, "--exec", command])
+        };
+        layer(base, "testkit-one", "sh -c 'echo one > /root/one'")?
+            .success()?
+            .says(&["tag: testkit-one", "parent_tag"])?;
+        layer("testkit-one", "testkit-two", "sh -c 'echo two > /root/two'")?.success()?;
+        let stored =
+            |tag: &str| Ok::<_, anyhow::Error>(listed(host, tag)?.and_then(|info| info.stored_bytes).unwrap_or(0));
+        let (whole, thin) = (stored(base)?, stored("testkit-two")?);
+        ensure!(thin * 4 < whole, "a layer takes {thin} bytes, its base {whole}");
+
+        host.forkd(&["rmi", "testkit-one"])?.failure(1)?;
+        host.forkd(&["verify", "testkit-two"])?.success()?;
+        let top = host.spawn_one(&host.snapshot("testkit-two"))?;
+        ensure!(top.sh("cat /root/one /root/two")? == "one\ntwo");
+
+        host.forkd(&["snapshot-compact", "--from", "testkit-two", "--to", "testkit-flat"])?.success()?;
+        host.forkd(&["rmi", "--cascade", "testkit-one"])?.success()?;
+        ensure!(listed(host, "testkit-two")?.is_none(), "the layer went with what it builds on");
+        let flat = host.spawn_one(&host.snapshot("testkit-flat"))?;
+        ensure!(flat.sh("cat /root/one /root/two")? == "one\ntwo");
+        ensure!(flat.eval("numpy.arange(3).tolist()")? == "[0, 1, 2]");
+
+        layer("testkit-flat", "testkit-one", "sh -c 'echo again > /root/one'")?.success()?;
+        host.forkd(&["rmi", "--force", "testkit-flat"])?.success()?;
+        let orphan = listed(host, "testkit-one")?.ok_or_else(|| anyhow::anyhow!("the layer went too"))?;
+        ensure!(!orphan.bootable && orphan.warning.is_some_and(|warning| warning.contains("testkit-flat")));
+        host.forkd(&["spawn", "--tag", "testkit-one"])?.failure(1)?.says(&["testkit-flat"])?;
+        host.forkd(&["rmi", "testkit-one"])?.success()?;
+
+        layer(base, "testkit-never", "sh -c 'echo broken; exit 3'")?.failure(1)?.says(&["broken", "3"])?;
+        ensure!(listed(host, "testkit-never")?.is_none(), "a command that failed made a layer");
+        Ok(())
+    })
+}
+
+#[test]
+fn a_sandbox_is_brought_back_to_a_checkpoint_and_keeps_its_id() -> Result<()> {
+    on_real_guests(|host| {
+        let sandbox = host.spawn_one(host.numpy()?)?;
+        let id = sandbox.id().as_str();
+        sandbox.eval("steps = ['one']")?;
+        sandbox.sh("echo one > /root/steps")?;
+        host.forkd(&["checkpoint", id, "first"])?.success()?.says(&["first"])?;
+        sandbox.eval("steps.append('two')")?;
+        sandbox.sh("echo two >> /root/steps")?;
+        host.forkd(&["checkpoint", id])?.success()?;
+        host.forkd(&["checkpoint", id, "first"])?.failure(1)?.says(&["first", "already"])?;
+        host.forkd(&["rewind", id, "nowhere"])?.failure(1)?.says(&["nowhere", "first", "forkd checkpoints"])?;
+        ensure!(sandbox.eval("steps")? == "['one', 'two']", "a rewind that failed changed something");
+
+        host.forkd(&["rewind", id, "-n", "2"])?.success()?;
+        ensure!(sandbox.eval("steps")? == "['one']");
+        ensure!(sandbox.exec(&["cat", "/root/steps"])? == "one");
+        ensure!(sandbox.exec(&["hostname"])? == id);
+        let left: Vec<CheckpointInfo> = host.forkd(&["checkpoints", id, "--json"])?.json()?;
+        ensure!(left.len() == 1 && left[0].name == "first", "{left:?}");
+
+        // A guest that was ruined is brought back too, as often as one likes.
+        sandbox.exec_with(&["--timeout-secs", "20"], &["sh", "-c", "echo c > /proc/sysrq-trigger"])?;
+        sandbox.wait_for_end()?.says(&["panic"])?;
+        host.forkd(&["rewind", id])?.success()?;
+        ensure!(sandbox.eval("steps")? == "['one']");
+        ensure!(sandbox.branch_once()?.eval("steps")? == "['one']");
+        host.forkd(&["tree"])?.success()?.says(&[id, "first"]).map(drop)
+    })
+}
