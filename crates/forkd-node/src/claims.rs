@@ -8,10 +8,11 @@ use forkd_types::Tag;
 use crate::error::{NodeError, NodeResult};
 
 /// The claimed tags. Clones share them.
-#[derive(Clone, Default)]
+#[derive(Clone, Default, Debug)]
 pub(crate) struct Claims(Arc<Mutex<HashSet<Tag>>>);
 
 /// A claimed tag; free again when this is dropped.
+#[derive(Debug)]
 pub(crate) struct Claim {
     claims: Claims,
     tag: Tag,
@@ -52,7 +53,7 @@ mod tests {
     #[test]
     fn a_tag_has_one_claim_at_a_time() {
         let (claims, tag) = (Claims::default(), "py".parse::<Tag>().expect("legal tag"));
-        let claim = claims.claim(&tag).ok().expect("free");
+        let claim = claims.claim(&tag).expect("free");
         assert!(matches!(claims.claim(&tag), Err(NodeError::SnapshotInProgress { .. })));
         assert!(claims.has(&tag));
         drop(claim);

@@ -13,7 +13,7 @@ const MARKER: &str = "<!-- commands: run by crates/forkd-testkit/tests/readme.rs
 fn the_quick_start_and_the_commands_that_follow_it_work() -> Result<()> {
     on_real_guests(|host| {
         // Made anew, by the programs under test.
-        host.forkd(&["rmi", "quickstart"])?;
+        host.forkd(&["rmi", "quickstart", "mine"])?;
         let shown = host.forkd(&["quickstart", "--yes", "-n", "3"])?.success()?;
         shown.says(&["[0.0, 0.0, 0.0, 0.0, 0.0]", "3 of 3 children answered"])?;
         ensure!(host.sandboxes()?.is_empty(), "the quick start leaves no sandbox behind");
@@ -33,7 +33,7 @@ fn the_quick_start_and_the_commands_that_follow_it_work() -> Result<()> {
             .context("bash runs")?;
         let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
         ensure!(output.status.success(), "{text}");
-        text.says(&["Linux sb-", "15"])?;
+        text.says(&["Linux sb-", "15", "2 of 2 answered", "is at before again", "◆ mine"])?;
         ensure!(host.sandboxes()?.is_empty());
         Ok(())
     })

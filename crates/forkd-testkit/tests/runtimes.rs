@@ -34,7 +34,7 @@ fn an_image_of_one_static_program_runs_it_and_says_that_it_has_no_language() -> 
         // The program under test is linked statically and needs nothing but itself.
         std::fs::copy(host.programs().join("forkd"), root.join("bin/only"))?;
         let source = format!("dir:{}", root.to_str().context("the path is text")?);
-        let outcome = host.once(&source, "testkit-static", &[], |copy| {
+        let outcome = host.once(&source, "testkit-static", &["--size", "64M"], |copy| {
             copy.exec(&["/bin/only", "--version"])?.says(&["forkd "])?;
             copy.exec_with(&[], &["sh", "-c", "true"])?.stderr.says(&["sh"])?;
             let eval = |options: &[&str]| {
