@@ -183,6 +183,38 @@ fn an_identity_reseeds_python_even_while_it_is_busy() {
 }
 
 #[test]
+fn an_interpreter_that_does_nothing_is_left_alone_until_it_is_used() {
+    require("python3");
+    let agent = Agent::start();
+    let python = |code: &str| agent.eval("python", code).unwrap().result;
+    let pid: u32 = python("import os, random; random.seed(1); os.getpid()").unwrap().parse().unwrap();
+    let switches = || {
+        let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();
+        let status = tasks.map(|task| std::fs::read_to_string(task.path().join("status")).unwrap());
+        let count = |status: String| {
+            let lines = status.lines().filter(|line| line.contains("ctxt_switches"));
+            lines.map(|line| line.split_whitespace().last().unwrap().parse::<u64>().unwrap()).sum::<u64>()
+        };
+        status.map(count).sum::<u64>()
+    };
+    std::thread::sleep(Duration::from_millis(200));
+    let before = switches();
+    agent.identify("sb-a", 1);
+    std::thread::sleep(Duration::from_millis(200));
+    assert_eq!(switches(), before, "it ran for its new identity");
+    assert_eq!(python("random.random() == random.Random(1).random()").as_deref(), Some("False"));
+
+    // Code that goes on by itself draws numbers before anybody asks: it is told at once.
+    let watch = "import threading, time\nrandom.seed(2)\nseen = [random.getstate()]\n\
+                 def watch():\n    while True:\n        time.sleep(0.01)\n        state = random.getstate()\n        \
+                 if state != seen[-1]: seen.append(state)\nthreading.Thread(target=watch, daemon=True).start()";
+    python(watch);
+    agent.identify("sb-b", 2);
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(python("len(seen)").as_deref(), Some("2"));
+}
+
+#[test]
 fn node_keeps_its_scope_and_awaits() {
     require("node");
     let agent = Agent::start();

@@ -22,7 +22,7 @@ use crate::failure;
 use crate::identity::{self, CurrentIdentity};
 use crate::reaper::Reaper;
 pub use answer::fit_in_a_frame;
-use supervisor::{Job, Supervisor};
+use supervisor::{Job, Supervisor, Told};
 
 /// A language with a warm runtime.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -203,12 +203,16 @@ impl Runtimes {
 
     /// Gives every running interpreter randomness of its own; returns what could not be done.
     pub fn reseed(&self, reseed: &Reseed<'_>) -> Vec<String> {
-        let told: Vec<_> = self.running().map(|supervisor| (supervisor, supervisor.send_reseed(reseed))).collect();
+        let told: Vec<_> = self.running().map(|supervisor| (supervisor, supervisor.reseed(reseed))).collect();
         let now = Instant::now();
         told.into_iter()
             .filter_map(|(supervisor, sent)| {
                 let deadline = now + supervisor.reseed_patience();
-                let error = sent.and_then(|()| supervisor.await_reseeded(deadline)).err()?;
+                let done = sent.and_then(|told| match told {
+                    Told::Now => supervisor.await_reseeded(deadline),
+                    Told::WhenUsed => Ok(()),
+                });
+                let error = done.err()?;
                 Some(format!("the {} runtime was not reseeded: {error}", supervisor.language()))
             })
             .collect()

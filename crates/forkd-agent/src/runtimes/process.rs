@@ -28,6 +28,9 @@ pub(super) struct Reply {
     pub(super) error: Option<String>,
     #[serde(default)]
     pub(super) numpy: Option<String>,
+    /// The code left nothing that goes on running.
+    #[serde(default)]
+    pub(super) alone: bool,
 }
 
 /// A running interpreter.

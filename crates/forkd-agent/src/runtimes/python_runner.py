@@ -145,6 +145,16 @@ def _forkd_start():
             return None
         return repr(run(compile(last, name, "eval", await_allowed), scope))
 
+    def alone():
+        # This thread and the one that obeys; threads that Python does not know of count too.
+        try:
+            if len(os.listdir("/proc/self/task")) > 2:
+                return False
+        except OSError:
+            return False
+        timers = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
+        return all(signal.getitimer(timer)[0] == 0 for timer in timers)
+
     def describe(error):
         # The frames of this runner are of no interest to who wrote the code.
         trace = error.__traceback__
@@ -182,6 +192,7 @@ def _forkd_start():
         numpy = sys.modules.get("numpy")
         if numpy is not None:
             answer["numpy"] = str(getattr(numpy, "__version__", "unknown"))
+        answer["alone"] = alone()
         work.send(answer)
 
 

@@ -9,6 +9,10 @@
 //!    └─────────────┴────────────────── died ────────────┘
 //! ```
 //!
+//! A copy's interpreter takes its new seed before it runs anything else. While code runs, or while code
+//! left threads behind, it is told at once; one that does nothing at all is told when it is next used, so
+//! that a copy which never uses its interpreter does not pay for its memory.
+//!
 //! One thread per language owns the process and its pipes. Output between evaluations (of threads that
 //! the code left running) is read and dropped, so that it is nobody's and blocks nobody.
 
@@ -83,11 +87,32 @@ impl AsFd for Job {
     }
 }
 
+/// How long an interpreter that was idle may take to reseed.
+const RESEED_LIMIT: Duration = Duration::from_secs(30);
+
 /// What others know of the interpreter.
 #[derive(Debug)]
 struct Warm {
     control: Arc<Mutex<UnixStream>>,
     numpy_version: Option<String>,
+    /// No code runs in it until it is asked to run some.
+    alone: bool,
+}
+
+/// Whether code runs, and the seed that it is to have before it does.
+#[derive(Debug, Default)]
+struct Turn {
+    busy: bool,
+    reseed: Option<Vec<u8>>,
+}
+
+/// What became of a seed that was handed over.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Told {
+    /// The interpreter answers; see [`Supervisor::await_reseeded`].
+    Now,
+    /// It is kept for the interpreter until it is next used.
+    WhenUsed,
 }
 
 /// One language's interpreter, seen from outside.
@@ -99,7 +124,7 @@ pub(super) struct Supervisor {
     jobs: Mutex<VecDeque<Arc<Job>>>,
     wake: OwnedFd,
     warm: Mutex<Option<Warm>>,
-    busy: AtomicBool,
+    turn: Mutex<Turn>,
 }
 
 impl Supervisor {
@@ -116,7 +141,7 @@ impl Supervisor {
             jobs: Mutex::default(),
             wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             warm: Mutex::default(),
-            busy: AtomicBool::new(false),
+            turn: Mutex::default(),
         });
         let working = Arc::clone(&supervisor);
         std::thread::Builder::new().name(language.name().into()).stack_size(512 << 10).spawn(move || working.run())?;
@@ -151,10 +176,22 @@ impl Supervisor {
         Ok(Arc::clone(&warm.control))
     }
 
-    /// Tells the interpreter to reseed; [`Self::await_reseeded`] must follow.
-    pub(super) fn send_reseed(&self, reseed: &Reseed<'_>) -> io::Result<()> {
+    /// Tells the interpreter to reseed, now or when it is next used.
+    pub(super) fn reseed(&self, reseed: &Reseed<'_>) -> io::Result<Told> {
         let seed = crate::identity::seed::derive(reseed.seed, self.language.name());
         let message = encode(&json!({ "seed": crate::identity::seed::to_hex(&seed), "sandbox_id": reseed.sandbox_id }));
+        // Held while it is decided: code does not begin to run meanwhile.
+        let mut turn = poison::lock(&self.turn);
+        if !turn.busy && poison::lock(&self.warm).as_ref().is_some_and(|warm| warm.alone) {
+            turn.reseed = Some(message);
+            return Ok(Told::WhenUsed);
+        }
+        turn.reseed = None;
+        self.send_reseed(&message)?;
+        Ok(Told::Now)
+    }
+
+    fn send_reseed(&self, message: &[u8]) -> io::Result<()> {
         let control = self.control()?;
         let control = poison::lock(&control);
         // The answer to an earlier message that nobody waited for to the end.
@@ -162,13 +199,30 @@ impl Supervisor {
         while let Ok(1..) = (&*control).read(&mut [0; 4096]) {}
         control.set_nonblocking(false)?;
         control.set_write_timeout(Some(Duration::from_secs(1)))?;
-        (&*control).write_all(&message)
+        (&*control).write_all(message)
+    }
+
+    /// Begins a turn of the interpreter: from here on code may run in it.
+    fn begin(&self) -> Result<(), Failure> {
+        let kept = {
+            let mut turn = poison::lock(&self.turn);
+            turn.busy = true;
+            turn.reseed.take()
+        };
+        let (Some(message), true) = (kept, self.is_warm()) else { return Ok(()) };
+        let reseeded = self.send_reseed(&message).and_then(|()| self.await_reseeded(Instant::now() + RESEED_LIMIT));
+        reseeded.map_err(|error| {
+            let language = self.language;
+            failure::internal(format!(
+                "the {language} runtime did not take its new seed, so the code was not run: {error}"
+            ))
+        })
     }
 
     /// How long to wait for [`Self::await_reseeded`]. Node has one thread, so while it computes it
     /// cannot answer; Python answers from a thread of its own.
     pub(super) fn reseed_patience(&self) -> Duration {
-        let computing = self.language == Language::Node && self.busy.load(Ordering::Acquire);
+        let computing = self.language == Language::Node && poison::lock(&self.turn).busy;
         if computing { Duration::from_millis(200) } else { Duration::from_secs(2) }
     }
 
@@ -205,9 +259,11 @@ impl Supervisor {
                     job.finish(Err(failure::internal("the client went away before its code was run")));
                 }
                 Some(job) => {
-                    self.busy.store(true, Ordering::Release);
-                    let outcome = catch_unwind(AssertUnwindSafe(|| self.evaluate(&mut process, &job)));
-                    self.busy.store(false, Ordering::Release);
+                    let outcome = catch_unwind(AssertUnwindSafe(|| {
+                        self.begin()?;
+                        self.evaluate(&mut process, &job)
+                    }));
+                    poison::lock(&self.turn).busy = false;
                     // The client waits for an outcome, whatever happens here.
                     job.finish(outcome.unwrap_or_else(|_| {
                         self.forget(&mut process);
@@ -254,7 +310,8 @@ impl Supervisor {
                         &error,
                     )
                 })?;
-            *poison::lock(&self.warm) = Some(Warm { control: Arc::clone(&started.control), numpy_version: None });
+            *poison::lock(&self.warm) =
+                Some(Warm { control: Arc::clone(&started.control), numpy_version: None, alone: false });
             return Ok(process.insert(started));
         }
         Ok(process.as_mut().expect("it was found or started above"))
@@ -270,6 +327,7 @@ impl Supervisor {
             Ok(reply) => {
                 if let Some(warm) = &mut *poison::lock(&self.warm) {
                     warm.numpy_version = reply.numpy;
+                    warm.alone = reply.alone;
                 }
                 return Ok(Evaluated {
                     result: reply.result,
