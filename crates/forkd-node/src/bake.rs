@@ -96,8 +96,11 @@ impl Bake {
             [find("kernel", &request.kernel)?, find("initramfs", &request.initramfs)?, find("disk", &request.disk)?];
         let (store, own_tag, replace) = (host.store.clone(), tag.clone(), request.replace);
         let found = blocking("looking for blobs", move || -> NodeResult<[(Digest, Blob); 3]> {
-            if !replace && store.get(&own_tag).is_ok() {
-                return Err(forkd_store::StoreError::AlreadyExists { tag: own_tag }.into());
+            // Now, rather than after minutes of work.
+            match (replace, store.get(&own_tag)) {
+                (false, Ok(_)) => return Err(forkd_store::StoreError::AlreadyExists { tag: own_tag }.into()),
+                (true, Ok(_)) => store.refuse_children(&own_tag)?,
+                (_, Err(_)) => {}
             }
             let [kernel, initramfs, disk] = wanted.map(|(what, digest)| {
                 let blob = store.blob(&digest)?.ok_or(NodeError::BlobMissing { what, digest })?;

@@ -266,8 +266,11 @@ impl Store {
         }
     }
 
-    /// Fails while another snapshot derives from `tag`.
-    pub(crate) fn refuse_children(&self, tag: &Tag) -> Result<()> {
+    /// Fails while another snapshot derives from `tag`, which then can neither be removed nor replaced.
+    ///
+    /// # Errors
+    /// [`StoreError::HasChildren`].
+    pub fn refuse_children(&self, tag: &Tag) -> Result<()> {
         let children = self.children(tag)?;
         if children.is_empty() { Ok(()) } else { Err(StoreError::HasChildren { tag: tag.clone(), children }) }
     }

@@ -113,6 +113,9 @@ fn layers_hold_what_changed_and_are_guarded() -> Result<()> {
         ensure!(thin * 4 < whole, "a layer takes {thin} bytes, its base {whole}");
 
         host.forkd(&["rmi", "testkit-one"])?.failure(1)?;
+        // Refused at once, not after a boot.
+        let replaced = host.forkd(&["from-image", forkd_testkit::NUMPY_DISK, "--tag", "testkit-one", "--replace"])?;
+        replaced.failure(1)?.says(&["testkit-two"])?;
         host.forkd(&["verify", "testkit-two"])?.success()?;
         let top = host.spawn_one(&host.snapshot("testkit-two"))?;
         ensure!(top.sh("cat /root/one /root/two")? == "one\ntwo");
