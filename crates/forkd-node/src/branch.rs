@@ -178,6 +178,7 @@ impl Brancher {
     /// Forks the writer; the sandbox runs again when this returns.
     async fn begin(&self, sandbox: &Arc<Sandbox>, order: Order, claim: Claim) -> NodeResult<Begun> {
         let began = Instant::now();
+        let _turn = sandbox.turn.lock().await;
         let running = sandbox.running()?;
         let (staged, chain) = self.stage(sandbox, &order.tag).await?;
         let contents =

@@ -143,7 +143,6 @@ impl Node {
     /// Takes a snapshot of a running sandbox. The sandbox runs on, whatever comes.
     pub async fn branch(&self, id: &SandboxId, request: &BranchRequest) -> NodeResult<SnapshotInfo> {
         let sandbox = self.roster.get(id)?;
-        let _turn = sandbox.turn.lock().await;
         self.brancher.branch(&sandbox, request).await
     }
 

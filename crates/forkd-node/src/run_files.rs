@@ -152,6 +152,24 @@ mod tests {
     }
 
     #[test]
+    fn a_socket_goes_on_listening_under_the_name_it_took_over() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let files = RunFiles::open(dir.path()).expect("open");
+        let make = |name: &str| {
+            drop(crate::console::create(&files.console(name)).expect("console"));
+            [files.control(name), files.vsock(name)].map(|path| files.listen(&path).expect("listen"))
+        };
+        let _old = make("sb-1");
+        let [new, _] = make("sb-1-rewinding").map(UnixListener::from);
+        files.rename("sb-1-rewinding", "sb-1").expect("rename");
+        let client = std::os::unix::net::UnixStream::connect(files.control("sb-1")).expect("connect");
+        new.set_nonblocking(true).expect("nonblocking");
+        new.accept().expect("the connection came to the one that took the name over");
+        drop(client);
+        assert_eq!(files.run.read_dir().expect("list").count(), 3, "nothing is left of the name before");
+    }
+
+    #[test]
     fn a_sweep_takes_what_nobody_claims() {
         let dir = tempfile::tempdir().expect("tempdir");
         let files = RunFiles::open(dir.path()).expect("open");

@@ -96,6 +96,33 @@ fn a_snapshot_that_nobody_waits_for_is_writing_and_then_ready() -> Result<()> {
 }
 
 #[test]
+fn a_writer_that_is_shot_leaves_nothing_and_its_source_running() -> Result<()> {
+    on_real_guests(|host| {
+        without(host, &["testkit-shot-writer"])?;
+        let sandbox = host.spawn_one(host.numpy()?)?;
+        // Much to write, so that there is a writer to be shot.
+        sandbox.eval("much = numpy.random.bytes(128 << 20)")?;
+        let id = sandbox.id().as_str();
+        let branch = ["snapshot", "--from-sandbox", id, "--tag", "testkit-shot-writer", "--live", "--no-wait"];
+        host.forkd(&branch)?.success()?;
+        let shoot = "for p in /proc/[0-9]*; do [ \"$(cat $p/comm)\" = forkd-writer ] && kill -9 ${p#/proc/}; done 2>/dev/null; true";
+        host.on_daemon_host(&["sh", "-c", shoot])?.success()?;
+        host.wait_until("the snapshot is called failed, or ready if the shot came late", || {
+            Ok(listed(host, "testkit-shot-writer")?.is_some_and(|info| info.status != SnapshotStatus::Writing))
+        })?;
+        ensure!(sandbox.eval("len(much)")? == format!("{}", 128 << 20));
+        if listed(host, "testkit-shot-writer")?.is_some_and(|info| info.status == SnapshotStatus::Failed) {
+            host.forkd(&["spawn", "--tag", "testkit-shot-writer"])?.failure(1)?.says(&["not ready"])?;
+        }
+        // The tag is free again either way.
+        host.forkd(&["rmi", "testkit-shot-writer"])?.success()?;
+        host.forkd(&branch[..5])?.success()?;
+        host.forkd(&["verify", "testkit-shot-writer"])?.success()?;
+        without(host, &["testkit-shot-writer"])
+    })
+}
+
+#[test]
 fn layers_hold_what_changed_and_are_guarded() -> Result<()> {
     on_real_guests(|host| {
         without(host, &["testkit-one", "testkit-two", "testkit-flat"])?;
