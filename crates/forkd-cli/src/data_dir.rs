@@ -10,7 +10,7 @@
 //!   cache/kernels/         unpacked guest kernels
 //!   cache/initramfs/       built initramfs images
 //!   cache/digests/         digests of files that were uploaded
-//!   cache/bench/           the compiled floor of `forkd bench raw`
+//!   cache/bench/           the compiled floors of `forkd bench`
 //!   cache/scratch/         builds under way
 //!   machine/               the `forkd machine`
 //! ```

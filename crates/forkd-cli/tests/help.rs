@@ -5,7 +5,7 @@ use std::path::Path;
 
 use assert_cmd::Command;
 
-const VERBS: [&[&str]; 38] = [
+const VERBS: [&[&str]; 39] = [
     &[],
     &["quickstart"],
     &["doctor"],
@@ -33,6 +33,7 @@ const VERBS: [&[&str]; 38] = [
     &["bench"],
     &["bench", "spawn"],
     &["bench", "raw"],
+    &["bench", "branch"],
     &["where"],
     &["kernel"],
     &["kernel", "install"],

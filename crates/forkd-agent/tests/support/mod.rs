@@ -212,13 +212,13 @@ impl Client {
 
 /// Waits until `condition` holds.
 pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
-    for _ in 0..500 {
+    for _ in 0..3000 {
         if condition() {
             return;
         }
         std::thread::sleep(Duration::from_millis(10));
     }
-    panic!("not within 5 s: {what}");
+    panic!("not within 30 s: {what}");
 }
 
 pub fn process_exists(pid: u32) -> bool {

@@ -1,6 +1,8 @@
 //! `bench`: measurements, each next to the floor or the memory of the host it ran on.
 
+mod branch;
 mod chart;
+mod floor;
 mod raw;
 mod spawn;
 
@@ -21,6 +23,8 @@ enum What {
     Spawn(spawn::SpawnBenchArgs),
     /// Fork the monitor with a tiny built-in guest, next to fork(2) and bare KVM; needs no Linux guest
     Raw(raw::RawBenchArgs),
+    /// Branch a running machine: how long it stands still and when the copy runs, next to fork(2) and bare KVM
+    Branch(branch::BranchBenchArgs),
 }
 
 impl BenchArgs {
@@ -28,6 +32,7 @@ impl BenchArgs {
         match self.what {
             What::Spawn(args) => args.run(context).await,
             What::Raw(args) => args.run(context).await,
+            What::Branch(args) => args.run(context).await,
         }
     }
 }

@@ -6,7 +6,6 @@
 //! ratio of medians is the figure to quote.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::Args;
@@ -17,16 +16,14 @@ use tokio::process::Command;
 
 use super::Host;
 use super::chart::Chart;
+use super::floor::{FloorProgram, field, run};
 use crate::commands::Context;
-use crate::failure::{Advise, advised};
 use crate::statistics::{Summary, median, summarise};
 use crate::{output, programs, units};
 
-/// The source of the floor, part of this program so that the benchmark needs no checkout.
-const FLOOR_SOURCE: &str = include_str!("../../../../limits/fork_limit.c");
-
-/// How long one run may take; a KVM that is emulated badly hangs rather than fails.
-const RUN_TIMEOUT: Duration = Duration::from_secs(120);
+/// The floor.
+const FLOOR: FloorProgram =
+    FloorProgram { name: "fork_limit", source: include_str!("../../../../limits/fork_limit.c") };
 
 /// MiB of the image that hold data, floor and ours alike.
 const TOUCHED_MIB: u64 = 64;
@@ -97,7 +94,7 @@ struct Run {
 impl RawBenchArgs {
     pub(crate) async fn run(self, context: &Context) -> anyhow::Result<u8> {
         let monitor = programs::companion("forkd-vmm")?;
-        let floor = compile_floor(&context.data.bench(), context).await?;
+        let floor = FLOOR.compile(context).await?;
         // Both keep their memory images here, on the same file system.
         let scratch = tempfile::tempdir_in(context.data.bench())?;
         let mut results = Vec::new();
@@ -239,53 +236,12 @@ impl Report {
     }
 }
 
-/// Compiles the floor, unless this very source was compiled before.
-async fn compile_floor(directory: &Path, context: &Context) -> anyhow::Result<PathBuf> {
-    let hash = blake3::hash(FLOOR_SOURCE.as_bytes()).to_hex();
-    let program = directory.join(format!("fork_limit-{}", &hash[..16]));
-    if program.is_file() {
-        return Ok(program);
-    }
-    let step = context.progress.step("Compiling the floor");
-    let compiler = programs::in_path("cc").or_else(|| programs::in_path("gcc")).ok_or_else(|| {
-        advised(
-            anyhow::anyhow!("no C compiler: the floor is compiled where it is measured"),
-            "sudo apt-get install gcc libc6-dev",
-        )
-    })?;
-    std::fs::create_dir_all(directory).with_context(|| format!("could not create {}", directory.display()))?;
-    let scratch = tempfile::tempdir_in(directory)?;
-    let source = scratch.path().join("fork_limit.c");
-    std::fs::write(&source, FLOOR_SOURCE)?;
-    let built = scratch.path().join("fork_limit");
-    let mut command = Command::new(compiler);
-    command.args(["-O2", "-static", "-o"]).arg(&built).arg(&source);
-    run(command, "cc").await.advise("sudo apt-get install gcc libc6-dev")?;
-    std::fs::rename(&built, &program)?;
-    step.done("Compiled the floor");
-    Ok(program)
-}
-
-/// Runs a program to its end within the time limit and gives its standard output.
-async fn run(mut command: Command, what: &str) -> anyhow::Result<String> {
-    let child = command.kill_on_drop(true).stdin(std::process::Stdio::null()).output();
-    let output = tokio::time::timeout(RUN_TIMEOUT, child)
-        .await
-        .map_err(|_| advised(anyhow::anyhow!("{what} did not end within {} s", RUN_TIMEOUT.as_secs()), "forkd doctor"))?
-        .with_context(|| format!("could not run {what}"))?;
-    if output.status.success() {
-        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
-    }
-    let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-    Err(advised(anyhow::anyhow!("{what} failed ({}): {said}", output.status), "forkd doctor   (is /dev/kvm usable?)"))
-}
-
 /// The wall time in what the floor prints: `… ran=N … last_child_in_guest_ms=X …`.
 fn parse_floor(text: &str, n: u32) -> anyhow::Result<f64> {
-    let field = |name: &str| text.split_whitespace().find_map(|word| word.strip_prefix(name)?.strip_prefix('='));
-    let ran: u32 = field("ran").and_then(|ran| ran.parse().ok()).context("it does not say how many children ran")?;
+    let ran: u32 =
+        field(text, "ran").and_then(|ran| ran.parse().ok()).context("it does not say how many children ran")?;
     anyhow::ensure!(ran == n, "only {ran} of {n} children ran");
-    field("last_child_in_guest_ms").and_then(|ms| ms.parse().ok()).context("it does not say how long it took")
+    field(text, "last_child_in_guest_ms").and_then(|ms| ms.parse().ok()).context("it does not say how long it took")
 }
 
 /// The last JSON object in what `forkd-vmm bench-raw` prints.

@@ -17,6 +17,7 @@ use forkd_memory::{GuestRam, MemoryLayout};
 use vm_memory::{Bytes, GuestAddress};
 
 pub use image::BootError;
+pub(crate) use registers::{CODE_SELECTOR, enter_protected_mode};
 
 use crate::address_map::{COMMAND_LINE, COMMAND_LINE_BYTES};
 

@@ -10,7 +10,7 @@ use super::image::{Entry, Protocol};
 use crate::address_map::{BOOT_PARAMS, BOOT_STACK, GDT, START_INFO};
 
 /// Selectors that the Linux boot protocol fixes (`__BOOT_CS`, `__BOOT_DS`).
-const CODE_SELECTOR: u16 = 0x10;
+pub(crate) const CODE_SELECTOR: u16 = 0x10;
 const DATA_SELECTOR: u16 = 0x18;
 const TASK_SELECTOR: u16 = 0x20;
 /// Protection enable, and the bit that is always set.
@@ -51,6 +51,18 @@ fn descriptor(segment: &kvm_segment) -> u64 {
 
 /// Points `vcpu` at `entry`.
 pub(super) fn point_at(memory: &GuestMemory, vcpu: &Vcpu, entry: &Entry) -> Result<(), BootError> {
+    enter_protected_mode(memory, vcpu)?;
+    let mut regs = kvm_regs { rflags: 2, rip: entry.address, rsp: BOOT_STACK, rbp: BOOT_STACK, ..Default::default() };
+    match entry.protocol {
+        Protocol::Pvh => regs.rbx = START_INFO,
+        Protocol::Linux32 => regs.rsi = BOOT_PARAMS,
+    }
+    vcpu.set_regs(&regs)?;
+    Ok(())
+}
+
+/// Writes a descriptor table and puts `vcpu` into flat 32-bit protected mode; it has no interrupt table.
+pub(crate) fn enter_protected_mode(memory: &GuestMemory, vcpu: &Vcpu) -> Result<(), BootError> {
     let code = segment(CODE_SELECTOR, 0xb, true);
     let data = segment(DATA_SELECTOR, 0x3, true);
     let task = segment(TASK_SELECTOR, 0xb, false);
@@ -71,12 +83,6 @@ pub(super) fn point_at(memory: &GuestMemory, vcpu: &Vcpu, entry: &Entry) -> Resu
     sregs.cr4 = 0;
     sregs.efer = 0;
     vcpu.set_sregs(&sregs)?;
-    let mut regs = kvm_regs { rflags: 2, rip: entry.address, rsp: BOOT_STACK, rbp: BOOT_STACK, ..Default::default() };
-    match entry.protocol {
-        Protocol::Pvh => regs.rbx = START_INFO,
-        Protocol::Linux32 => regs.rsi = BOOT_PARAMS,
-    }
-    vcpu.set_regs(&regs)?;
     Ok(())
 }
 

@@ -115,7 +115,7 @@ fn measure(options: &Options, zygote: &RawZygote) -> Result<Run, Failure> {
 }
 
 /// A thousand copies take more descriptors than a shell usually allows.
-fn raise_descriptor_limit() {
+pub(super) fn raise_descriptor_limit() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let limit = getrlimit(Resource::Nofile);
     let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });

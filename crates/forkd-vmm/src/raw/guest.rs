@@ -84,26 +84,34 @@ pub(super) fn memory_layer(scratch: &std::path::Path, memory_bytes: u64, touched
     Ok(file)
 }
 
+/// A machine over `ram`, with every device a sandbox has, that is driven to the state in which Linux
+/// leaves it. Its vCPU is as after reset.
+pub(super) fn machine(kvm: Arc<Kvm>, ram: GuestRam, private: Private, console: File) -> Result<Machine, Failure> {
+    let base: File = rustix::fs::memfd_create(c"raw-disk", MemfdFlags::CLOEXEC)?.into();
+    base.set_len(DISK_BYTES)?;
+    let resources = Resources {
+        disks: vec![BlockDisk::new(base, DISK_BYTES, Vec::new(), private.overlay)?],
+        vsock: private.vsock,
+        console,
+        tap: None,
+    };
+    let memory_bytes = ram.layout().bytes();
+    let config = MachineConfig { vcpus: 1, memory_bytes, disks: vec![DISK_BYTES], mac: None, guest_cid: 3 };
+    let machine = Machine::build(kvm, config, resources, ram)?;
+    for transport in machine.bus.slots.iter().flatten() {
+        drivers::drive(transport)?;
+    }
+    Ok(machine)
+}
+
 /// Boots the guest over the layer in `memory`, waits until it has halted, and stops it there: the
 /// seed from which copies go on behind the first halt.
 pub(super) fn boot(memory: File, memory_bytes: u64, private: Private) -> Result<Seed, Failure> {
     let kvm = Arc::new(Kvm::open()?);
     let layout = MemoryLayout::new(memory_bytes)?;
     let ram = GuestRam::from_layers(layout, [Layer::open(memory)?], Backing::File)?;
-    let base: File = rustix::fs::memfd_create(c"raw-disk", MemfdFlags::CLOEXEC)?.into();
-    base.set_len(DISK_BYTES)?;
     let (mut console, console_end) = io::pipe()?;
-    let resources = Resources {
-        disks: vec![BlockDisk::new(base, DISK_BYTES, Vec::new(), private.overlay)?],
-        vsock: private.vsock,
-        console: OwnedFd::from(console_end).into(),
-        tap: None,
-    };
-    let config = MachineConfig { vcpus: 1, memory_bytes, disks: vec![DISK_BYTES], mac: None, guest_cid: 3 };
-    let mut machine = Machine::build(kvm.clone(), config, resources, ram.clone())?;
-    for transport in machine.bus.slots.iter().flatten() {
-        drivers::drive(transport)?;
-    }
+    let mut machine = machine(kvm.clone(), ram.clone(), private, OwnedFd::from(console_end).into())?;
     let vcpu = machine.first_vcpu().expect("it was not started yet");
     let mut sregs = vcpu.sregs()?;
     sregs.cs.base = 0;

@@ -4,11 +4,18 @@
 //! emulated. Everything around it is the real thing: all devices, driven to the state in which a
 //! Linux driver leaves them; a zygote in a process of its own; requests with descriptors over its
 //! control socket.
+//!
+//! A zygote's guest stands still until it is copied; the guest of a [`source`] runs, that is, waits for
+//! an interrupt, and is copied while it does.
 
 pub mod bench;
+pub mod branch_bench;
 mod drivers;
 mod guest;
+pub mod source;
+mod waiting_guest;
 pub mod zygote;
 
 pub use guest::Failure;
+pub use source::{Branched, Pages, Source};
 pub use zygote::{Copies, RawZygote, Size};
