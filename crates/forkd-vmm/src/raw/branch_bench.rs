@@ -58,7 +58,8 @@ struct Soak {
     branches: usize,
     /// The source after each [`SOAK_STEP`] branches, and before the first.
     steps: Vec<Step>,
-    /// Descriptors and processes that the source has more of than before.
+    /// Descriptors that the source has more of than after its first step, in which it may still have been
+    /// starting, and processes that it has more of than before.
     leaked_descriptors: i64,
     leaked_processes: i64,
 }
@@ -179,7 +180,7 @@ fn soak(source: &Source, branches: usize) -> Result<Soak, Failure> {
         after = children(source.pid())?;
     }
     let descriptors = |step: &Step| step.descriptors as i64;
-    let (first, last) = (&steps[0], &steps[steps.len() - 1]);
+    let (first, last) = (&steps[1.min(steps.len() - 1)], &steps[steps.len() - 1]);
     Ok(Soak {
         branches,
         leaked_descriptors: descriptors(last) - descriptors(first),
