@@ -12,6 +12,8 @@ const MARKER: &str = "<!-- commands: run by crates/forkd-testkit/tests/readme.rs
 #[test]
 fn the_quick_start_and_the_commands_that_follow_it_work() -> Result<()> {
     on_real_guests(|host| {
+        // What a machine that died left behind is still listed.
+        host.forkd(&["kill", "--all"])?;
         // Made anew, by the programs under test.
         host.forkd(&["rmi", "quickstart", "mine"])?;
         let shown = host.forkd(&["quickstart", "--yes", "-n", "3"])?.success()?;
