@@ -87,8 +87,30 @@ impl SnapshotRequest {
     }
 }
 
+/// What a forked child becomes.
+#[derive(Debug)]
+pub enum Child {
+    /// A running copy.
+    Copy(CopyRequest),
+    /// A copy that holds still.
+    Frozen(FreezeRequest),
+    /// The writer of a snapshot.
+    Writer(SnapshotRequest),
+}
+
+impl Child {
+    /// In a fresh child: becomes it. `started` is when the request arrived.
+    pub fn live(self, seed: &Seed, started: Instant) -> ! {
+        match self {
+            Self::Copy(request) => run(seed, request, started),
+            Self::Frozen(request) => freeze(seed, request),
+            Self::Writer(request) => write_snapshot(seed, request, started),
+        }
+    }
+}
+
 /// In a fresh child: runs a copy of `seed` until it ends. `started` is when the request arrived.
-pub fn run(seed: &Seed, request: CopyRequest, started: Instant) -> ! {
+fn run(seed: &Seed, request: CopyRequest, started: Instant) -> ! {
     let mut stopwatch = Stopwatch::since(started);
     stopwatch.lap("fork");
     let keep: Vec<i32> = seed.raw_fds().into_iter().chain(request.raw_fds()).collect();
@@ -125,7 +147,7 @@ pub fn run(seed: &Seed, request: CopyRequest, started: Instant) -> ! {
 }
 
 /// In a fresh child: holds `seed` for later copies until its control connection ends.
-pub fn freeze(seed: &Seed, request: FreezeRequest, _started: Instant) -> ! {
+fn freeze(seed: &Seed, request: FreezeRequest) -> ! {
     let FreezeRequest { name, control } = request;
     let keep: Vec<i32> = seed.raw_fds().into_iter().chain([control.as_raw_fd()]).collect();
     fork::close_all_but(&keep);
@@ -139,7 +161,7 @@ pub fn freeze(seed: &Seed, request: FreezeRequest, _started: Instant) -> ! {
 }
 
 /// In a fresh child: writes a snapshot of `seed`, says so on its control connection, and ends.
-pub fn write_snapshot(seed: &Seed, request: SnapshotRequest, started: Instant) -> ! {
+fn write_snapshot(seed: &Seed, request: SnapshotRequest, started: Instant) -> ! {
     let SnapshotRequest { control, directory, contents } = request;
     let mut stopwatch = Stopwatch::since(started);
     stopwatch.lap("fork");

@@ -14,7 +14,7 @@ use rustix::event::epoll;
 use rustix::net::SocketFlags;
 
 use crate::carried::{Carried, CarriedError};
-use crate::copy::{self, CopyRequest, FreezeRequest, SnapshotRequest};
+use crate::copy::{Child, CopyRequest, FreezeRequest, SnapshotRequest};
 use crate::fork::{self, Side};
 use crate::gate::PauseError;
 use crate::machine::Machine;
@@ -206,42 +206,28 @@ impl EventLoop {
             }
             Command::Fork { fds: roles, name } => {
                 let disks = self.machine.disks.len();
-                self.branch(
-                    started,
-                    &roles,
-                    fds,
-                    |carried| CopyRequest::take(carried, name, disks),
-                    |seed, request, started| copy::run(seed, request, started),
-                )
+                self.branch(started, &roles, fds, |carried| CopyRequest::take(carried, name, disks).map(Child::Copy))
             }
-            Command::Freeze { fds: roles, name } => self.branch(
-                started,
-                &roles,
-                fds,
-                |carried| FreezeRequest::take(carried, name),
-                |seed, request, started| copy::freeze(seed, request, started),
-            ),
+            Command::Freeze { fds: roles, name } => {
+                self.branch(started, &roles, fds, |carried| FreezeRequest::take(carried, name).map(Child::Frozen))
+            }
             Command::Snapshot { fds: roles, contents } => {
-                let take = |carried: &mut Carried| SnapshotRequest::take(carried, contents);
-                self.branch(started, &roles, fds, take, |seed, request, started| {
-                    copy::write_snapshot(seed, request, started)
-                })
+                self.branch(started, &roles, fds, |carried| SnapshotRequest::take(carried, contents).map(Child::Writer))
             }
         }
     }
 
-    /// Stops the machine, forks, and lets it go on; the child does `become_it` with what `take` found for
-    /// it among the carried descriptors.
-    fn branch<R>(
+    /// Stops the machine, forks, and lets it go on; the child is what `take` finds for it among the carried
+    /// descriptors.
+    fn branch(
         &mut self,
         started: Instant,
         roles: &[Role],
         fds: Vec<OwnedFd>,
-        take: impl FnOnce(&mut Carried) -> Result<R, CarriedError>,
-        become_it: impl FnOnce(&Seed, R, Instant) -> i32,
+        take: impl FnOnce(&mut Carried) -> Result<Child, CarriedError>,
     ) -> Result<Option<Event>, CommandError> {
         let mut carried = Carried::new(roles, fds)?;
-        let request = take(&mut carried)?;
+        let child = take(&mut carried)?;
         let fresh = carried.files(Role::DiskOverlay, self.machine.disks.len())?;
         let mut stopwatch = Stopwatch::since(started);
         let (paused, state) = self.machine.pause()?;
@@ -255,7 +241,7 @@ impl EventLoop {
         stopwatch.lap("seal");
         let seed = Seed { kvm: self.machine.kvm.clone(), ram: self.machine.ram.clone(), state, disks };
         let pid = match fork::fork().map_err(CommandError::Fork)? {
-            Side::Child => fork::exit(become_it(&seed, request, started)),
+            Side::Child => child.live(&seed, started),
             Side::Parent(pid) => pid,
         };
         stopwatch.lap("fork");

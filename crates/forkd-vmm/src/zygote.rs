@@ -19,7 +19,7 @@ use forkd_proto::monitor::{self, Command, Event, Role, ZygoteConfig};
 use forkd_types::PageCount;
 
 use crate::carried::{Carried, CarriedError};
-use crate::copy::{self, CopyRequest, FreezeRequest, SnapshotRequest};
+use crate::copy::{Child, CopyRequest, FreezeRequest, SnapshotRequest};
 use crate::fork::{self, Side};
 use crate::seed::Seed;
 use crate::state::{MachineState, PAYLOAD_LIMIT, StateError};
@@ -165,21 +165,14 @@ pub fn serve(seed: &Seed, control: &OwnedFd) {
         let event = match command {
             Command::Kill => return,
             Command::Fork { fds: roles, name } => {
-                let take = |carried: &mut Carried| CopyRequest::take(carried, name, seed.disks.len());
-                fork_child(seed, &roles, fds, take, |seed, request, started| copy::run(seed, request, started))
+                let disks = seed.disks.len();
+                fork_child(seed, &roles, fds, |carried| CopyRequest::take(carried, name, disks).map(Child::Copy))
             }
-            Command::Freeze { fds: roles, name } => fork_child(
-                seed,
-                &roles,
-                fds,
-                |carried| FreezeRequest::take(carried, name),
-                |seed, request, started| copy::freeze(seed, request, started),
-            ),
+            Command::Freeze { fds: roles, name } => {
+                fork_child(seed, &roles, fds, |carried| FreezeRequest::take(carried, name).map(Child::Frozen))
+            }
             Command::Snapshot { fds: roles, contents } => {
-                let take = |carried: &mut Carried| SnapshotRequest::take(carried, contents);
-                fork_child(seed, &roles, fds, take, |seed, request, started| {
-                    copy::write_snapshot(seed, request, started)
-                })
+                fork_child(seed, &roles, fds, |carried| SnapshotRequest::take(carried, contents).map(Child::Writer))
             }
             Command::Pages => match seed.ram.page_map() {
                 Ok(map) => Event::pages(&map.present, &map.private),
@@ -192,22 +185,21 @@ pub fn serve(seed: &Seed, control: &OwnedFd) {
     }
 }
 
-/// Forks a child that does `become_it` with what `take` finds among the carried descriptors.
-fn fork_child<R>(
+/// Forks the child that `take` finds among the carried descriptors.
+fn fork_child(
     seed: &Seed,
     roles: &[Role],
     fds: Vec<OwnedFd>,
-    take: impl FnOnce(&mut Carried) -> Result<R, CarriedError>,
-    become_it: impl FnOnce(&Seed, R, Instant) -> i32,
+    take: impl FnOnce(&mut Carried) -> Result<Child, CarriedError>,
 ) -> Event {
     let started = Instant::now();
     let failed = |error: &dyn std::error::Error| Event::Failed { error: chain(error) };
-    let request = match Carried::new(roles, fds).and_then(|mut carried| take(&mut carried)) {
-        Ok(request) => request,
+    let child = match Carried::new(roles, fds).and_then(|mut carried| take(&mut carried)) {
+        Ok(child) => child,
         Err(error) => return failed(&error),
     };
     match fork::fork() {
-        Ok(Side::Child) => fork::exit(become_it(seed, request, started)),
+        Ok(Side::Child) => child.live(seed, started),
         Ok(Side::Parent(pid)) => {
             let mut stages = forkd_types::StageTimings::default();
             stages.record("fork", started.elapsed());
