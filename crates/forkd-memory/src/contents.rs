@@ -6,10 +6,10 @@
 //! parent alone; how the pages came to be private, copied or mapped makes no difference.
 //!
 //! That includes pages that the guest reported as free and [`GuestRam::release`] gave back. Such a
-//! page reads as what lies underneath it in this process: zero in anonymous memory, otherwise the
-//! contents of the file that is mapped there. It is then compared like any other, and costs nothing
-//! unless the parent says something else about it. It can do so only where the parent's page had been
-//! copied in ([`GuestRam`]'s `copied`); those pages are looked at whether or not they are private.
+//! page reads as what lies underneath it in this process: the parent's contents where files are mapped,
+//! zero in anonymous memory. It is then compared like any other, and costs nothing unless the parent says
+//! something else about it. It can do so only where the parent's page had been copied in ([`GuestRam`]'s
+//! `copied`); those pages are looked at whether or not they are private.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -269,6 +269,30 @@ mod tests {
             let ram = from_layers(&files, backing);
             let (_, layer, _) = changes(&ram);
             assert_eq!((layer.data(), layer.zero()), (&[][..], &[][..]), "{backing:?}");
+        }
+    }
+
+    #[test]
+    fn base_and_layer_hold_the_memory_above_the_device_hole_too() {
+        let layout = MemoryLayout::new((3 << 30) + (128 << 20)).expect("legal");
+        let places = [0x5000, (3 << 30) - PAGE_SIZE, 4 << 30, (4 << 30) + (127 << 20)].map(GuestAddress);
+        let fill = |ram: &GuestRam, number: u64| {
+            places.iter().for_each(|place| ram.memory().write_obj(place.0 ^ number, *place).expect("inside RAM"));
+        };
+        let booted = GuestRam::anonymous(layout).expect("map");
+        fill(&booted, 1);
+        let base = tempfile::tempfile().expect("scratch");
+        booted.write_base(base.try_clone().expect("dup")).expect("write");
+        let open = |file: &File| Layer::open(file.try_clone().expect("dup")).expect("open");
+        let ram = GuestRam::from_layers(layout, [open(&base)], Backing::File).expect("map");
+        for place in places {
+            assert_eq!(ram.memory().read_obj::<u64>(place).expect("inside RAM"), place.0 ^ 1);
+        }
+        fill(&ram, 2);
+        let (layer, ..) = changes(&ram);
+        let ram = GuestRam::from_layers(layout, [open(&base), open(&layer)], Backing::File).expect("map");
+        for place in places {
+            assert_eq!(ram.memory().read_obj::<u64>(place).expect("inside RAM"), place.0 ^ 2);
         }
     }
 

@@ -20,6 +20,8 @@ use std::io;
 use std::os::unix::fs::FileExt;
 
 use forkd_types::{Digest, PAGE_SIZE, PageCount, PageRun, PageRunError};
+use rustix::fs::SeekFrom;
+use rustix::io::Errno;
 
 /// First bytes of every layer file.
 pub const MAGIC: [u8; 8] = *b"FORKDLYR";
@@ -69,6 +71,21 @@ pub enum LayerError {
         found: u64,
         /// Pages expected.
         expected: u64,
+    },
+    /// The file goes on behind its index.
+    #[error("the layer file has {found} bytes where {expected} were written")]
+    Length {
+        /// Bytes it has.
+        found: u64,
+        /// Bytes up to the end of the index.
+        expected: u64,
+    },
+    /// There is something where nothing was stored. Where a base has nothing the guest has zeros, and sees this
+    /// instead.
+    #[error("the layer file holds data at byte {offset}, where nothing was stored")]
+    Stray {
+        /// Where in the file.
+        offset: u64,
     },
     /// The stored bytes do not have the digest that the header claims.
     #[error("the layer's contents are damaged: digest {found}, recorded {recorded}")]
@@ -338,8 +355,8 @@ impl Layer {
         }
     }
 
-    /// Reads every stored byte and compares with the recorded digest; `progress` hears of each
-    /// piece read, in bytes.
+    /// Reads every stored byte and compares with the recorded digest, and makes sure that there is nothing
+    /// else; `progress` hears of each piece read, in bytes.
     pub fn verify(&self, mut progress: impl FnMut(u64)) -> Result<(), LayerError> {
         let mut hasher = blake3::Hasher::new();
         let mut buffer = vec![0; 1 << 20];
@@ -355,10 +372,49 @@ impl Layer {
             }
         }
         let found = *hasher.finalize().as_bytes();
-        if found == self.data_digest {
-            return Ok(());
+        if found != self.data_digest {
+            let recorded = Digest::from_bytes(self.data_digest);
+            return Err(LayerError::Contents { found: Digest::from_bytes(found), recorded });
         }
-        Err(LayerError::Contents { found: Digest::from_bytes(found), recorded: Digest::from_bytes(self.data_digest) })
+        self.verify_rest(&mut buffer)
+    }
+
+    /// Makes sure that header, stored runs and index are all there is.
+    fn verify_rest(&self, buffer: &mut [u8]) -> Result<(), LayerError> {
+        let index = DATA_OFFSET + self.pages.bytes();
+        let expected = index + 16 * (self.data.len() + self.zero.len()) as u64;
+        let found = self.file.metadata().map_err(io_error("measure"))?.len();
+        if found != expected {
+            return Err(LayerError::Length { found, expected });
+        }
+        let starts = self.data.iter().map(|run| DATA_OFFSET + run.offset()).chain([index]);
+        let ends = self.data.iter().map(|run| DATA_OFFSET + run.offset() + run.bytes());
+        for (end, start) in [HEADER_LEN as u64].into_iter().chain(ends).zip(starts) {
+            if let Some(offset) = self.first_data(end, start, buffer).map_err(io_error("read"))? {
+                return Err(LayerError::Stray { offset });
+            }
+        }
+        Ok(())
+    }
+
+    /// Where the first byte that is not zero lies between `at` and `end`; holes are not read.
+    fn first_data(&self, mut at: u64, end: u64, buffer: &mut [u8]) -> io::Result<Option<u64>> {
+        while at < end {
+            at = match rustix::fs::seek(&self.file, SeekFrom::Data(at)) {
+                Ok(data) => data,
+                Err(Errno::NXIO) => end,
+                // A file system without holes.
+                Err(Errno::INVAL | Errno::OPNOTSUPP) => at,
+                Err(error) => return Err(error.into()),
+            };
+            let piece = end.saturating_sub(at).min(buffer.len() as u64) as usize;
+            self.file.read_exact_at(&mut buffer[..piece], at)?;
+            if let Some(first) = buffer[..piece].iter().position(|byte| *byte != 0) {
+                return Ok(Some(at + first as u64));
+            }
+            at += piece as u64;
+        }
+        Ok(None)
     }
 }
 
@@ -405,16 +461,18 @@ mod tests {
         }
 
         #[test]
-        fn a_flipped_bit_anywhere_that_counts_is_noticed(
+        fn a_flipped_bit_anywhere_is_noticed(
             stored in prop::collection::btree_map(0u64..50, 1u8.., 1..10), at: prop::sample::Index, bit in 0u8..8
         ) {
             let (file, summary) = write(50, &stored);
-            let index_end = DATA_OFFSET + 50 * PAGE_SIZE;
-            let mut places: Vec<u64> = (0..HEADER_LEN as u64).chain(index_end..file.metadata().expect("stat").len()).collect();
-            places.extend(stored.keys().map(|p| DATA_OFFSET + p * PAGE_SIZE + 77));
+            let end = file.metadata().expect("stat").len();
+            let mut places: Vec<u64> = (0..HEADER_LEN as u64).chain(DATA_OFFSET + 50 * PAGE_SIZE..end).collect();
+            // Pages that are stored, those that are not, and what is no page.
+            places.extend((0..50).map(|page| DATA_OFFSET + page * PAGE_SIZE + 77));
+            places.extend([HEADER_LEN as u64, 4095, 4096, DATA_OFFSET - 1, end]);
             let place = places[at.index(places.len())];
             let mut byte = [0];
-            file.read_exact_at(&mut byte, place).expect("read");
+            file.read_at(&mut byte, place).expect("read");
             file.write_all_at(&[byte[0] ^ (1 << bit)], place).expect("write");
             let outcome = Layer::open(file).and_then(|layer| layer.verify(|_| ()).map(|()| layer.digest()));
             prop_assert!(!matches!(outcome, Ok(digest) if digest == summary.digest), "bit {bit} at {place} went unnoticed");

@@ -4,6 +4,7 @@
 //! - [`ram`]: the private mapping that is a guest's memory. It is made once and lives as long as
 //!   the process; `fork(2)` copies it.
 //! - `chain`: the layers that it was made from, and which of them holds each page.
+//! - `areas`: from which file each part of it is mapped.
 //! - [`contents`]: writing it as a base, or as a layer of what changed.
 //! - [`page_map`]: which pages of it are present or private, read from the kernel's page tables.
 //! - [`layer`]: the file format that holds page runs, for memory and for disks.
@@ -12,6 +13,7 @@
 //! by every copy and absent from the forked page tables; a page that somebody wrote is anonymous
 //! and thereby known to differ from the file.
 
+mod areas;
 mod chain;
 pub mod contents;
 pub mod layer;

@@ -2,32 +2,29 @@
 #![allow(unsafe_code)]
 
 use std::ffi::c_void;
+use std::fs::File;
 use std::io;
 use std::num::NonZeroUsize;
 use std::os::fd::RawFd;
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
 
-use forkd_types::{PAGE_SIZE, PageRun};
+use forkd_types::{PAGE_SIZE, PageCount, PageRun};
+use rustix::fs::MemfdFlags;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 use std::os::unix::fs::FileExt;
 use vm_memory::mmap::{GuestRegionMmap, MmapRegionBuilder};
 use vm_memory::{GuestAddress, GuestRegionCollection};
 
 use crate::GuestMemory;
-use crate::chain::{LayerChain, union};
+use crate::areas::{self, Area, Source};
+use crate::chain::{Held, LayerChain, union};
 use crate::layer::{DATA_OFFSET, Layer, LayerError};
 use crate::layout::{GRANULE, MemoryLayout};
 use crate::page_map::{self, PageMap};
 
-/// A run of at least this many pages is mapped over its parent; a shorter one is copied in.
-///
-/// A mapping costs every fork one area descriptor (about 1 µs) for ever; a copied page costs every
-/// fork one page-table entry and the page's memory once.
-const MAP_AT_LEAST: u64 = 64;
-
-/// The most runs that are mapped; the kernel's default limit of areas in a process is 65 530.
-const MAP_AT_MOST: usize = 16_384;
+/// Bytes that are read from a layer in one call.
+const COPIED_AT_ONCE: u64 = 1 << 20;
 
 /// How guest memory is backed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -102,8 +99,7 @@ pub struct GuestRam {
     base: NonNull<u8>,
     memory: GuestMemory,
     chain: LayerChain,
-    /// Runs whose contents were copied in, so that another file, or none, is mapped there than the layer
-    /// that holds them; zeros that lie over a mapped file too.
+    /// Runs whose contents were copied in, so that nothing is mapped there; none where layers are mapped.
     copied: Arc<[PageRun]>,
 }
 
@@ -129,30 +125,25 @@ impl GuestRam {
         backing: Backing,
     ) -> Result<Self, RamError> {
         let chain = LayerChain::new(layers.into(), layout.pages())?;
-        let (base_layer, upper) = chain.layers().split_first().ok_or(RamError::NoLayers)?;
-        let mut copied = Vec::new();
-        let base = match backing {
+        let base_layer = chain.layers().first().ok_or(RamError::NoLayers)?;
+        let bytes = layout.bytes();
+        let (base, copied) = match backing {
             Backing::File => {
-                let base = reserve(layout.bytes())?;
+                let base = reserve(bytes)?;
                 map_file(base, base_layer, PageRun { first: 0, count: layout.pages().0 })?;
-                base
+                map_upper(base, &chain, layout.pages())?;
+                (base, Vec::new())
             }
             Backing::TransparentHugePages => {
-                let base = reserve(layout.bytes())?;
-                advise(base, layout.bytes(), libc::MADV_HUGEPAGE)?;
-                base
+                let base = reserve(bytes)?;
+                advise(base, bytes, libc::MADV_HUGEPAGE)?;
+                (base, copy_all(base, &chain)?)
             }
-            Backing::ReservedHugePages => reserve_huge(layout.bytes())?,
+            Backing::ReservedHugePages => {
+                let base = reserve_huge(bytes)?;
+                (base, copy_all(base, &chain)?)
+            }
         };
-        if backing != Backing::File {
-            copy_runs(base, base_layer, base_layer.data())?;
-            copied.extend_from_slice(base_layer.data());
-        }
-        let mut areas = 0;
-        for layer in upper {
-            copied.extend(lay_over(base, layer, backing, &mut areas)?);
-        }
-        let copied = union([copied.as_slice()]);
         Self::assemble(layout, base, chain, copied)
     }
 
@@ -214,9 +205,8 @@ impl GuestRam {
 
     /// Gives the pages that lie wholly in `guest_address .. + bytes` back to the host.
     ///
-    /// A guest that reports pages as free expects no contents of them. They become those of the file
-    /// that is mapped there, which need not be the newest layer's, or zero where none is; what that means
-    /// for a layer says [`contents`](crate::contents).
+    /// A guest that reports pages as free expects no contents of them. They become what the layers say, or
+    /// zero where those were copied in; what that means for a layer says [`contents`](crate::contents).
     ///
     /// A range that is not RAM is ignored.
     pub fn release(&self, guest_address: u64, bytes: u64) {
@@ -311,8 +301,13 @@ fn advise(base: NonNull<u8>, bytes: u64, advice: libc::c_int) -> Result<(), RamE
 
 /// Maps `run` of `layer` privately over the guest memory at `base`.
 fn map_file(base: NonNull<u8>, layer: &Layer, run: PageRun) -> Result<(), RamError> {
+    map(base, layer.file(), run, DATA_OFFSET + run.offset())
+}
+
+/// Maps what `file` has from `offset` on privately over `run` of the guest memory at `base`.
+fn map(base: NonNull<u8>, file: &File, run: PageRun, offset: u64) -> Result<(), RamError> {
     let length = NonZeroUsize::new(run.bytes() as usize).expect("runs are not empty");
-    // SAFETY: the layer has as many pages as the mapping at `base` (checked by the caller), so the
+    // SAFETY: runs lie within the mapping at `base` (layers have its size, checked by the caller), so the
     // fixed range replaces only pages of that mapping, to which nobody holds references.
     unsafe {
         rustix::mm::mmap(
@@ -320,8 +315,8 @@ fn map_file(base: NonNull<u8>, layer: &Layer, run: PageRun) -> Result<(), RamErr
             length.get(),
             ProtFlags::READ | ProtFlags::WRITE,
             MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED,
-            layer.file(),
-            DATA_OFFSET + run.offset(),
+            file,
+            offset,
         )
     }
     .map(drop)
@@ -344,48 +339,71 @@ fn map_zeros(base: NonNull<u8>, run: PageRun) -> Result<(), RamError> {
     .map_err(map_error(run.bytes()))
 }
 
-/// Reads `runs` of `layer` into the guest memory at `base`.
-fn copy_runs(base: NonNull<u8>, layer: &Layer, runs: &[PageRun]) -> Result<(), RamError> {
-    for run in runs {
-        // SAFETY: the run lies within the mapping at `base`, which is being set up: no other
-        // reference to it exists.
-        let target =
-            unsafe { std::slice::from_raw_parts_mut(base.as_ptr().add(run.offset() as usize), run.bytes() as usize) };
-        layer
-            .file()
-            .read_exact_at(target, DATA_OFFSET + run.offset())
-            .map_err(|source| RamError::Io { attempt: "read a memory layer", source })?;
+/// Maps what the layers over the base say over the base, which is mapped at `base` already.
+fn map_upper(base: NonNull<u8>, chain: &LayerChain, pages: PageCount) -> Result<(), RamError> {
+    let mut scratch = None;
+    for Area { run, source } in areas::divide(chain, pages, areas::MOST_AREAS) {
+        match source {
+            Source::Layer(0) => {}
+            Source::Layer(layer) => map_file(base, &chain.layers()[layer], run)?,
+            Source::Zero => map_zeros(base, run)?,
+            Source::Gathered => {
+                if scratch.is_none() {
+                    scratch = Some((gathering_file(pages)?, chain.held()));
+                }
+                let (file, held) = scratch.as_ref().expect("made just now");
+                gather(chain, held, run, file)?;
+                map(base, file, run, run.offset())?;
+            }
+        }
     }
     Ok(())
 }
 
-/// Lays one upper layer over what is mapped at `base`: long runs by mapping them, as long as `areas`, which
-/// counts those, allows it. Returns the runs that were copied instead.
-fn lay_over(base: NonNull<u8>, layer: &Layer, backing: Backing, areas: &mut usize) -> Result<Vec<PageRun>, RamError> {
-    let mut copied = Vec::new();
-    let mut may_map = |run: &PageRun| {
-        let maps = backing == Backing::File && run.count >= MAP_AT_LEAST && *areas < MAP_AT_MOST;
-        *areas += usize::from(maps);
-        maps
-    };
-    for run in layer.data() {
-        if may_map(run) {
-            map_file(base, layer, *run)?;
-        } else {
-            copy_runs(base, layer, &[*run])?;
-            copied.push(*run);
+/// An empty file in memory as large as a guest's.
+fn gathering_file(pages: PageCount) -> Result<File, RamError> {
+    let failed = |error: io::Error| RamError::Io { attempt: "make a file in memory", source: error };
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::NOEXEC_SEAL;
+    // Kernels before 6.3 do not know the second flag.
+    let file = rustix::fs::memfd_create(c"forkd-layers", flags)
+        .or_else(|_| rustix::fs::memfd_create(c"forkd-layers", MemfdFlags::CLOEXEC))
+        .map_err(|error| failed(error.into()))?;
+    let file = File::from(file);
+    file.set_len(pages.bytes()).map_err(failed)?;
+    Ok(file)
+}
+
+/// Reads what the layers hold of `run` into the same place of `file`.
+fn gather(chain: &LayerChain, held: &[Held], run: PageRun, file: &File) -> Result<(), RamError> {
+    let failed = |attempt| move |source| RamError::Io { attempt, source };
+    let mut buffer = vec![0; COPIED_AT_ONCE as usize];
+    let begin = held.partition_point(|held| held.run.end() <= run.first);
+    for held in held[begin..].iter().take_while(|held| held.run.first < run.end()) {
+        let layer = chain.layers()[held.layer].file();
+        let mut at = held.run.first.max(run.first) * PAGE_SIZE;
+        let end = held.run.end().min(run.end()) * PAGE_SIZE;
+        while at < end {
+            let bytes = &mut buffer[..(end - at).min(COPIED_AT_ONCE) as usize];
+            layer.read_exact_at(bytes, DATA_OFFSET + at).map_err(failed("read a memory layer"))?;
+            file.write_all_at(bytes, at).map_err(failed("gather the runs of memory layers"))?;
+            at += bytes.len() as u64;
         }
     }
-    for run in layer.zero() {
-        if may_map(run) {
-            map_zeros(base, *run)?;
-        } else {
-            // SAFETY: as in `copy_runs`.
-            unsafe { ptr::write_bytes(base.as_ptr().add(run.offset() as usize), 0, run.bytes() as usize) };
-            copied.push(*run);
-        }
+    Ok(())
+}
+
+/// Reads all layers into the memory at `base`; returns the runs that they speak of.
+fn copy_all(base: NonNull<u8>, chain: &LayerChain) -> Result<Vec<PageRun>, RamError> {
+    for Held { run, layer } in chain.held() {
+        // SAFETY: the run lies within the mapping at `base`, which is being set up: no other
+        // reference to it exists.
+        let target =
+            unsafe { std::slice::from_raw_parts_mut(base.as_ptr().add(run.offset() as usize), run.bytes() as usize) };
+        let file = chain.layers()[layer].file();
+        file.read_exact_at(target, DATA_OFFSET + run.offset())
+            .map_err(|source| RamError::Io { attempt: "read a memory layer", source })?;
     }
-    Ok(copied)
+    Ok(union(chain.layers().iter().map(Layer::data)))
 }
 
 #[cfg(test)]
@@ -439,8 +457,24 @@ mod tests {
         assert_eq!((byte(&copy, 7), byte(&copy, 8), byte(&copy, 9)), (1, 0, 3));
     }
 
+    /// Pages here and there, so many that they are gathered.
+    #[test]
+    fn scattered_pages_of_layers_are_shared_and_leave_nothing_to_copy() {
+        let scattered = |offset: u64, fill| (0..300).map(|index| (index * 100 + offset, fill)).collect::<Vec<_>>();
+        let base: Vec<_> = (0..30_000).map(|page| (page, 1)).collect();
+        let layers = [layer(128, &base), layer(128, &scattered(7, 2)), layer(128, &scattered(8, 3))];
+        let ram = GuestRam::from_layers(layout(128), layers, Backing::File).expect("map");
+        assert_eq!([6, 7, 8, 9, 29_907, 29_908].map(|page| byte(&ram, page)), [1, 2, 3, 1, 2, 3]);
+        assert_eq!(ram.page_map().expect("pagemap").private, []);
+        ram.memory().write_obj(9u8, GuestAddress(107 * PAGE_SIZE + 5)).expect("inside RAM");
+        assert_eq!(ram.page_map().expect("pagemap").private, [PageRun { first: 107, count: 1 }]);
+        ram.release(107 * PAGE_SIZE, PAGE_SIZE);
+        assert_eq!(byte(&ram, 107), 2, "a released page is the chain's again");
+    }
+
     #[test]
     fn upper_layers_win_whether_they_are_mapped_or_copied() {
+        const MAP_AT_LEAST: u64 = 64;
         for backing in [Backing::File, Backing::TransparentHugePages] {
             let base = layer(128, &[(0, 1), (200, 1), (400, 1)]);
             let long: Vec<_> = (200..200 + MAP_AT_LEAST).map(|page| (page, 2)).collect();
