@@ -2,6 +2,7 @@
 //!
 //! - [`frame`]: the one framing both protocols use: length, kind, payload.
 //! - [`agent`]: messages between a host program and the agent in a guest, over vsock.
+//! - [`meter`]: messages between a benchmark and the program that measures in a guest, one JSON object a line.
 //! - [`monitor`]: messages between the node and a monitor, over a unix socket that also carries
 //!   file descriptors.
 //!
@@ -10,4 +11,5 @@
 
 pub mod agent;
 pub mod frame;
+pub mod meter;
 pub mod monitor;

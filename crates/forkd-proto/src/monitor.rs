@@ -142,7 +142,8 @@ pub enum Command {
     },
     /// Fork a copy that holds still, as a zygote does, and obeys `Fork`, `Snapshot`, `Pages` and `Kill`.
     /// Carries `Control` and, from a running source, one `DiskOverlay` per disk for the source. The copy
-    /// says [`Event::Ready`] on its own control connection, with which it lives and ends.
+    /// says [`Event::Ready`] on its own control connection, and ends with it. If it was given a
+    /// `ControlListener`, it waits there for another node instead.
     Freeze {
         /// What the carried descriptors are, in order.
         fds: Vec<Role>,

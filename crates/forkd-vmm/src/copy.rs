@@ -8,6 +8,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Instant;
 
 use forkd_proto::monitor::{self, Contents, Event, Role};
+use rustix::net::SocketFlags;
 
 use crate::carried::{Carried, CarriedError};
 use crate::event_loop::{Ending, EventLoop};
@@ -16,6 +17,7 @@ use crate::machine::{Machine, MachineError, Resources};
 use crate::seed::Seed;
 use crate::stopwatch::Stopwatch;
 use crate::vcpu_thread::chain;
+use crate::zygote::Left;
 use crate::{writer, zygote};
 
 /// What the request for a running copy carried.
@@ -63,12 +65,14 @@ impl CopyRequest {
 pub struct FreezeRequest {
     name: String,
     control: OwnedFd,
+    listener: Option<OwnedFd>,
 }
 
 impl FreezeRequest {
     /// Takes what a frozen copy needs.
     pub fn take(carried: &mut Carried, name: String) -> Result<Self, CarriedError> {
-        Ok(Self { name, control: carried.require(Role::Control)? })
+        let control = carried.require(Role::Control)?;
+        Ok(Self { name, control, listener: carried.take(Role::ControlListener) })
     }
 }
 
@@ -146,16 +150,26 @@ fn run(seed: &Seed, request: CopyRequest, started: Instant) -> ! {
     fork::exit(i32::from(ending != Ending::Stopped));
 }
 
-/// In a fresh child: holds `seed` for later copies until its control connection ends.
+/// In a fresh child: holds `seed` for later copies until its control connection ends and, if there is a
+/// listener, no other node can come.
 fn freeze(seed: &Seed, request: FreezeRequest) -> ! {
-    let FreezeRequest { name, control } = request;
-    let keep: Vec<i32> = seed.raw_fds().into_iter().chain([control.as_raw_fd()]).collect();
+    let FreezeRequest { name, mut control, listener } = request;
+    let own = [&control].into_iter().chain(&listener).map(AsRawFd::as_raw_fd);
+    let keep: Vec<i32> = seed.raw_fds().into_iter().chain(own).collect();
     fork::close_all_but(&keep);
     let _ = rustix::thread::set_name(&thread_name(&name));
     let config = &seed.state.config;
     let ready = Event::Ready { vcpus: config.vcpus, memory_bytes: config.memory_bytes, warnings: Vec::new() };
-    if monitor::send(&control, &ready, &[]).is_ok() {
-        zygote::serve(seed, &control);
+    if monitor::send(&control, &ready, &[]).is_err() && listener.is_none() {
+        fork::exit(0);
+    }
+    while zygote::serve(seed, &control) == Left::Gone {
+        let accepted = listener.as_ref().map(|listener| rustix::net::accept_with(listener, SocketFlags::CLOEXEC));
+        match accepted {
+            Some(Ok(connection)) => control = connection,
+            Some(Err(rustix::io::Errno::INTR | rustix::io::Errno::CONNABORTED)) => {}
+            _ => break,
+        }
     }
     fork::exit(0);
 }
@@ -169,6 +183,10 @@ fn write_snapshot(seed: &Seed, request: SnapshotRequest, started: Instant) -> ! 
     let keep: Vec<i32> = seed.raw_fds().into_iter().chain(own).collect();
     fork::close_all_but(&keep);
     let _ = rustix::thread::set_name(c"forkd-writer");
+    // The node sends nothing on this connection; it ends with the node, or when the snapshot is given up.
+    if matches!(fork::end_with(&control), Ok(false)) {
+        fork::exit(1);
+    }
     let event = match writer::write(seed, &directory, contents, &mut stopwatch) {
         Ok(facts) => Event::Written { facts, stages: stopwatch.finish() },
         Err(error) => Event::Failed { error: chain(&error) },

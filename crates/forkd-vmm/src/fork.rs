@@ -9,7 +9,9 @@
 #![allow(unsafe_code)]
 
 use std::io;
-use std::os::fd::RawFd;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+
+use rustix::event::{PollFd, PollFlags, Timespec};
 
 /// Which process this is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -66,4 +68,57 @@ pub fn exit(code: i32) -> ! {
 pub fn reap_children_automatically() {
     // SAFETY: ignoring a signal has no preconditions.
     unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) };
+}
+
+/// Has the kernel end this process when the other end of `connection` closes, whatever it is doing then:
+/// nobody is left who would use its work.
+///
+/// The peer must not write to the connection: that ends this process too. Returns whether the peer is there.
+pub fn end_with(connection: &OwnedFd) -> io::Result<bool> {
+    let fd = connection.as_raw_fd();
+    let set = |command, value: libc::c_int| -> io::Result<()> {
+        // SAFETY: the descriptor is open, and neither command takes a pointer.
+        if unsafe { libc::fcntl(fd, command, value) } == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    };
+    // SIGIO, which nobody here handles, ends a process. Monitors block no signals.
+    set(libc::F_SETOWN, std::process::id() as libc::c_int)?;
+    set(libc::F_SETFL, libc::O_ASYNC)?;
+    let mut closed = [PollFd::new(connection, PollFlags::RDHUP)];
+    rustix::event::poll(&mut closed, Some(&Timespec::default()))?;
+    Ok(!closed[0].revents().intersects(PollFlags::RDHUP | PollFlags::HUP))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::process::{Pid, Signal, WaitOptions, waitpid};
+    use std::os::unix::net::UnixStream;
+
+    /// How a child ends that works for ever, when its connection is closed before or after it begins.
+    fn ended_by(close_first: bool) -> Option<i32> {
+        let (ours, theirs) = UnixStream::pair().expect("socketpair");
+        let theirs = OwnedFd::from(theirs);
+        let ours = (!close_first).then_some(ours);
+        let Side::Parent(pid) = fork().expect("fork") else {
+            close_all_but(&[theirs.as_raw_fd()]);
+            match end_with(&theirs) {
+                Ok(true) => loop {
+                    std::hint::spin_loop();
+                },
+                Ok(false) => exit(7),
+                Err(_) => exit(8),
+            }
+        };
+        drop(theirs);
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        drop(ours);
+        let (_, status) = waitpid(Pid::from_raw(pid), WaitOptions::empty()).expect("wait").expect("it has ended");
+        status.terminating_signal().or(status.exit_status().map(|code| -code))
+    }
+
+    #[test]
+    fn a_process_ends_with_its_connection_in_the_middle_of_its_work() {
+        assert_eq!(ended_by(false), Some(Signal::IO.as_raw()));
+        assert_eq!(ended_by(true), Some(-7));
+    }
 }

@@ -16,7 +16,7 @@ use forkd_memory::layer::DATA_OFFSET;
 use forkd_memory::{Backing, GuestRam, Layer, LayerError, MemoryLayout, MemorySizeError, RamError};
 use forkd_proto::frame::FrameError;
 use forkd_proto::monitor::{self, Command, Event, Role, ZygoteConfig};
-use forkd_types::PageCount;
+use forkd_types::{PageCount, PageRun};
 
 use crate::carried::{Carried, CarriedError};
 use crate::copy::{Child, CopyRequest, FreezeRequest, SnapshotRequest};
@@ -83,7 +83,7 @@ pub fn load(config: &ZygoteConfig, carried: &mut Carried) -> Result<(Seed, Vec<S
     let layers = open_layers("memory", carried.all(Role::MemoryLayer))?;
     let layout = MemoryLayout::new(state.config.memory_bytes)?;
     let (ram, warnings) = map_memory(layout, layers, config)?;
-    ram.prefetch(&config.prefetch);
+    read_ahead(&ram, &config.prefetch);
     let disks = assemble_disks(&state, carried)?;
     let mut seed = Seed { kvm, ram, state, disks };
     lighten(&mut seed)?;
@@ -112,6 +112,17 @@ fn map_memory(
             Ok((GuestRam::from_layers(layout, layers, Backing::File)?, vec![warning]))
         }
         Err(error) => Err(error.into()),
+    }
+}
+
+/// Has the working set read from the disk by a process of its own: the zygote is ready meanwhile, and its first
+/// copies wait for the pages they touch, not for all. A hint; where it fails, pages are read when touched.
+fn read_ahead(ram: &GuestRam, runs: &[PageRun]) {
+    if !runs.is_empty() && matches!(fork::fork(), Ok(Side::Child)) {
+        fork::close_all_but(&[]);
+        let _ = rustix::thread::set_name(c"forkd-readahead");
+        ram.prefetch(runs);
+        fork::exit(0);
     }
 }
 
@@ -151,19 +162,28 @@ pub(crate) fn lighten(seed: &mut Seed) -> Result<(), ZygoteError> {
     Ok(())
 }
 
+/// Why a node is served no longer.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Left {
+    /// It closed the connection, or said something that makes no sense.
+    Gone,
+    /// It wants the process to end.
+    Done,
+}
+
 /// Serves the node until it closes the connection or asks the zygote to end.
-pub fn serve(seed: &Seed, control: &OwnedFd) {
+pub fn serve(seed: &Seed, control: &OwnedFd) -> Left {
     loop {
         let (command, fds) = match monitor::receive::<Command>(control) {
             Ok(message) => message,
-            Err(FrameError::Closed | FrameError::Io(_)) => return,
+            Err(FrameError::Closed | FrameError::Io(_)) => return Left::Gone,
             Err(error) => {
                 let _ = monitor::send(control, &Event::Failed { error: chain(&error) }, &[]);
-                return;
+                return Left::Gone;
             }
         };
         let event = match command {
-            Command::Kill => return,
+            Command::Kill => return Left::Done,
             Command::Fork { fds: roles, name } => {
                 let disks = seed.disks.len();
                 fork_child(seed, &roles, fds, |carried| CopyRequest::take(carried, name, disks).map(Child::Copy))
@@ -180,7 +200,7 @@ pub fn serve(seed: &Seed, control: &OwnedFd) {
             },
         };
         if monitor::send(control.as_fd(), &event, &[]).is_err() {
-            return;
+            return Left::Gone;
         }
     }
 }

@@ -21,13 +21,14 @@ fn main() {
     if let Some(reason) = &missing {
         let _ = writeln!(std::io::stderr(), "SKIPPED, every test of this file: cannot open /dev/kvm: {reason}");
     }
-    let trials: [(&str, Test); 7] = [
+    let trials: [(&str, Test); 8] = [
         ("every_copy_runs_and_stops_when_told", every_copy_runs_and_stops_when_told),
         ("a_copy_owns_only_the_pages_it_wrote", a_copy_owns_only_the_pages_it_wrote),
         ("a_copy_of_a_running_copy_runs_while_its_source_runs_on", a_copy_of_a_running_copy),
         ("a_request_that_lacks_a_descriptor_changes_nothing", a_request_that_lacks_a_descriptor),
         ("a_snapshot_that_cannot_be_written_fails_and_the_source_runs_on", a_snapshot_that_cannot_be_written),
         ("a_snapshot_of_changes_holds_only_those_whoever_writes_it", a_snapshot_of_changes),
+        ("a_frozen_copy_with_a_listener_waits_for_the_next_node", a_frozen_copy_with_a_listener),
         ("memory_sizes_from_the_least_to_beyond_the_device_hole", memory_sizes),
     ];
     let trials = trials.map(|(name, run)| Trial::test(name, run).with_ignored_flag(missing.is_some()));
@@ -240,6 +241,43 @@ fn a_snapshot_of_changes() -> Result<(), Failed> {
     let (_directory, again) = snapshot(&frozen, Contents::Changes, &[])?;
     assert_eq!((again.memory_digest, again.disks), (changes.memory_digest, changes.disks));
     kill(source)
+}
+
+fn a_frozen_copy_with_a_listener() -> Result<(), Failed> {
+    use std::io::ErrorKind;
+    use std::os::fd::AsFd;
+    let copies = running(&zygote()?, 1)?;
+    let source = &copies.controls[0];
+    let directory = tempfile::tempdir()?;
+    let path = directory.path().join("control");
+    let listener = std::os::unix::net::UnixListener::bind(&path)?;
+    let (frozen, theirs) = UnixStream::pair()?;
+    let roles = vec![Role::Control, Role::ControlListener, Role::DiskOverlay];
+    let command = Command::Freeze { fds: roles, name: "frozen".to_owned() };
+    monitor::send(source, &command, &[theirs.as_fd(), listener.as_fd(), tempfile::tempfile()?.as_fd()])?;
+    drop((theirs, listener));
+    let Event::Forked { pid, .. } = monitor::receive(source)?.0 else { return Err("it was not frozen".into()) };
+    assert!(matches!(monitor::receive(&frozen)?.0, Event::Ready { .. }));
+    kill(source)?;
+    // Its node goes away, and so does the next, which does not say goodbye either.
+    drop(frozen);
+    for _ in 0..2 {
+        let node = UnixStream::connect(&path)?;
+        node.set_read_timeout(Some(Duration::from_secs(60)))?;
+        assert!(private_pages(&node)? >= 1, "it is served");
+        drop(node);
+    }
+    let node = UnixStream::connect(&path)?;
+    monitor::send(&node, &Command::Kill, &[])?;
+    // The process goes, and its listening socket with it.
+    let deadline = std::time::Instant::now() + Duration::from_secs(10);
+    loop {
+        match UnixStream::connect(&path) {
+            Err(error) if error.kind() == ErrorKind::ConnectionRefused => return Ok(()),
+            _ if std::time::Instant::now() > deadline => return Err(format!("process {pid} is still there").into()),
+            _ => std::thread::sleep(Duration::from_millis(10)),
+        }
+    }
 }
 
 fn memory_sizes() -> Result<(), Failed> {

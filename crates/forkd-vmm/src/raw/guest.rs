@@ -84,13 +84,18 @@ pub(super) fn memory_layer(scratch: &std::path::Path, memory_bytes: u64, touched
     Ok(file)
 }
 
+/// The image under the guest's disk.
+pub(super) fn disk_base() -> io::Result<File> {
+    let base: File = rustix::fs::memfd_create(c"raw-disk", MemfdFlags::CLOEXEC)?.into();
+    base.set_len(DISK_BYTES)?;
+    Ok(base)
+}
+
 /// A machine over `ram`, with every device a sandbox has, that is driven to the state in which Linux
 /// leaves it. Its vCPU is as after reset.
 pub(super) fn machine(kvm: Arc<Kvm>, ram: GuestRam, private: Private, console: File) -> Result<Machine, Failure> {
-    let base: File = rustix::fs::memfd_create(c"raw-disk", MemfdFlags::CLOEXEC)?.into();
-    base.set_len(DISK_BYTES)?;
     let resources = Resources {
-        disks: vec![BlockDisk::new(base, DISK_BYTES, Vec::new(), private.overlay)?],
+        disks: vec![BlockDisk::new(disk_base()?, DISK_BYTES, Vec::new(), private.overlay)?],
         vsock: private.vsock,
         console,
         tap: None,

@@ -10,6 +10,8 @@
 
 pub mod bench;
 pub mod branch_bench;
+mod chain;
+pub mod chain_bench;
 mod drivers;
 mod guest;
 pub mod source;

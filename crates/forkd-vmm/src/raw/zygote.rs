@@ -6,11 +6,13 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use forkd_proto::monitor::{self, Command, Event, Role};
+use forkd_proto::monitor::{self, Backing, Command, Event, Role, ZygoteConfig};
 use forkd_types::StageTimings;
 
 use super::guest::{self, Failure, Private};
+use crate::carried::Carried;
 use crate::fork::{self, Side};
+use crate::vcpu_thread::chain;
 use crate::zygote;
 
 /// How long one copy may take to say something before it is given up.
@@ -75,6 +77,21 @@ impl RawZygote {
         }
     }
 
+    /// Holds a snapshot ready, given what a zygote is launched with.
+    pub(super) fn over(scratch: &Path, roles: &[Role], fds: Vec<OwnedFd>) -> Result<Self, Failure> {
+        let (control, theirs) = UnixStream::pair()?;
+        if fork::fork()? == Side::Child {
+            let keep: Vec<_> = fds.iter().map(AsRawFd::as_raw_fd).chain([theirs.as_raw_fd()]).collect();
+            fork::close_all_but(&keep);
+            fork::exit(hold_snapshot(roles, fds, theirs.into()));
+        }
+        drop((theirs, fds));
+        match monitor::receive(&control)?.0 {
+            Event::Ready { .. } => Ok(Self { control, scratch: scratch.to_owned() }),
+            other => Err(format!("the zygote did not come up: {other:?}").into()),
+        }
+    }
+
     /// Makes what `n` copies will be given.
     pub fn prepare(&self, n: usize) -> Result<Prepared, Failure> {
         let (console, console_end) = std::io::pipe()?;
@@ -126,7 +143,29 @@ impl Copies {
     }
 }
 
-/// The zygote's process.
+/// The process of a zygote that is given a snapshot.
+fn hold_snapshot(roles: &[Role], fds: Vec<OwnedFd>, control: OwnedFd) -> i32 {
+    fork::reap_children_automatically();
+    let config = ZygoteConfig { backing: Backing::File, prefetch: Vec::new() };
+    let loaded = Carried::new(roles, fds)
+        .map_err(Failure::from)
+        .and_then(|mut carried| Ok(zygote::load(&config, &mut carried)?));
+    let (seed, warnings) = match loaded {
+        Ok(loaded) => loaded,
+        Err(error) => {
+            let _ = monitor::send(&control, &Event::Failed { error: chain(&*error) }, &[]);
+            return 1;
+        }
+    };
+    let config = &seed.state.config;
+    let ready = Event::Ready { vcpus: config.vcpus, memory_bytes: config.memory_bytes, warnings };
+    if monitor::send(&control, &ready, &[]).is_ok() {
+        zygote::serve(&seed, &control);
+    }
+    0
+}
+
+/// The process of a zygote that boots its guest itself.
 fn hold(memory: std::fs::File, memory_bytes: u64, private: Private, control: OwnedFd) -> i32 {
     fork::reap_children_automatically();
     let event = match guest::boot(memory, memory_bytes, private).and_then(|mut seed| {
