@@ -8,14 +8,13 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use forkd_types::{Digest, Tag};
-use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
 use crate::disk_usage;
 use crate::durable::{self, Moved};
 use crate::snapshots::Listed;
-use crate::sparse::SparseWriter;
-use crate::store::{Store, remove_all};
+use crate::sparse::{SparseWriter, next_extent};
+use crate::store::Store;
 use crate::{Result, StoreError};
 
 /// A blob, opened for reading.
@@ -54,12 +53,14 @@ pub struct BlobWriter {
 
 /// Removes its file when dropped, unless the file moved on.
 #[derive(Debug)]
-struct StagedFile(PathBuf);
+struct StagedFile {
+    store: Store,
+    path: PathBuf,
+}
 
 impl Drop for StagedFile {
     fn drop(&mut self) {
-        // What cannot be removed now is swept at the next opening.
-        let _ = remove_all(&self.0);
+        self.store.shared.discard(self.path.clone());
     }
 }
 
@@ -82,7 +83,7 @@ impl Store {
         match rustix::fs::ioctl_ficlone(&file, &source) {
             Ok(()) => {
                 let mut hasher = blake3::Hasher::new();
-                hash_sparse(&file, &mut hasher).map_err(StoreError::io("hash", &staged.0))?;
+                hash_sparse(&file, &mut hasher).map_err(StoreError::io("hash", &staged.path))?;
                 return self.publish_blob(staged, Digest::from_bytes(*hasher.finalize().as_bytes()));
             }
             // Another file system, or one without reflinks: copy.
@@ -99,10 +100,10 @@ impl Store {
             .map_err(|error| sink.note(error))
         })
         .map_err(|error| match sink.0.take() {
-            Some(write) => StoreError::io("write", &staged.0)(write),
+            Some(write) => StoreError::io("write", &staged.path)(write),
             None => failed(error),
         })?;
-        let (_, digest, _) = writer.finish().map_err(StoreError::io("write", &staged.0))?;
+        let (_, digest, _) = writer.finish().map_err(StoreError::io("write", &staged.path))?;
         self.publish_blob(staged, digest)
     }
 
@@ -124,16 +125,22 @@ impl Store {
     /// [`StoreError::BlobInUse`] with the snapshots that name it, [`StoreError::UnknownReferences`]
     /// while a snapshot is unreadable, [`StoreError::BlobNotFound`].
     pub fn remove_blob(&self, digest: &Digest) -> Result<()> {
-        let _changes = self.shared.changes();
+        let changes = self.shared.changes();
         if let Some(users) = self.blob_users()?.remove(digest) {
             return Err(StoreError::BlobInUse { digest: *digest, users });
         }
         let path = self.blob_path(digest);
-        match std::fs::remove_file(&path) {
-            Ok(()) => durable::sync_dir(&self.shared.blobs()),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Err(StoreError::BlobNotFound { digest: *digest }),
-            Err(error) => Err(StoreError::io("remove", &path)(error)),
+        match path.symlink_metadata() {
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Err(StoreError::BlobNotFound { digest: *digest });
+            }
+            Err(error) => return Err(StoreError::io("remove", &path)(error)),
         }
+        let grave = self.shared.bury(&path, "blob")?;
+        drop(changes);
+        self.shared.discard(grave);
+        Ok(())
     }
 
     /// All blobs, by digest.
@@ -202,15 +209,15 @@ impl Store {
             .mode(0o600)
             .open(&path)
             .map_err(StoreError::io("create", &path))?;
-        Ok((StagedFile(path), file))
+        Ok((StagedFile { store: self.clone(), path }, file))
     }
 
     fn publish_blob(&self, staged: StagedFile, digest: Digest) -> Result<Digest> {
-        durable::seal_file(&staged.0)?;
+        durable::seal_file(&staged.path)?;
         // A blob that is there already has the same content; ours goes when `staged` drops. A
         // collector may remove it between the two steps, hence the lock.
         let _changes = self.shared.changes();
-        match durable::move_new(&staged.0, &self.blob_path(&digest))? {
+        match durable::move_new(&staged.path, &self.blob_path(&digest))? {
             Moved::Done | Moved::Taken => Ok(digest),
         }
     }
@@ -228,7 +235,7 @@ impl BlobWriter {
     /// # Errors
     /// [`StoreError::DigestMismatch`] when `expected` is another digest; nothing is kept then.
     pub fn finish(mut self, expected: Option<Digest>) -> Result<Digest> {
-        let path = &self.staged.0;
+        let path = &self.staged.path;
         let writer = self.writer.take().ok_or_else(|| io::Error::other("an earlier write to it failed"));
         let (_, digest, _) = writer.and_then(SparseWriter::finish).map_err(StoreError::io("write", path))?;
         match expected {
@@ -243,7 +250,7 @@ impl Write for BlobWriter {
         let writer = self.writer.as_mut().ok_or_else(|| io::Error::other("an earlier write to this blob failed"))?;
         writer.write(bytes).map_err(|error| {
             self.writer = None;
-            io::Error::new(error.kind(), format!("cannot write {}: {error}", self.staged.0.display()))
+            io::Error::new(error.kind(), format!("cannot write {}: {error}", self.staged.path.display()))
         })
     }
 
@@ -276,22 +283,10 @@ fn for_each_part(file: &File, mut take: impl FnMut(Part<'_>) -> io::Result<()>) 
     let mut buffer = vec![0; 1 << 20];
     let mut at = 0;
     while at < end {
-        let data = match rustix::fs::seek(file, SeekFrom::Data(at)) {
-            Ok(data) => data.min(end),
-            Err(Errno::NXIO) => end,
-            Err(Errno::INVAL | Errno::OPNOTSUPP) => at,
-            Err(error) => return Err(error.into()),
-        };
-        take(Part::Zeros(data - at))?;
-        at = data;
-        if at == end {
-            break;
-        }
-        let hole = match rustix::fs::seek(file, SeekFrom::Hole(at)) {
-            Ok(hole) => hole.min(end),
-            Err(Errno::INVAL | Errno::OPNOTSUPP | Errno::NXIO) => end,
-            Err(error) => return Err(error.into()),
-        };
+        let extent = next_extent(file, at, end)?;
+        take(Part::Zeros(extent.start - at))?;
+        at = extent.start;
+        let hole = extent.end;
         while at < hole {
             let want = (hole - at).min(buffer.len() as u64) as usize;
             file.read_exact_at(&mut buffer[..want], at)?;

@@ -29,22 +29,30 @@ pub(crate) enum Moved {
     Taken,
 }
 
-/// Renames `from` to `to` unless `to` exists, and flushes both directories.
+/// Renames `from` to `to` unless `to` exists, and flushes both directories. After an error the names are as
+/// they were.
 pub(crate) fn move_new(from: &Path, to: &Path) -> Result<Moved> {
     match rustix::fs::renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
         Ok(()) => {}
         Err(rustix::io::Errno::EXIST | rustix::io::Errno::NOTEMPTY) => return Ok(Moved::Taken),
         Err(error) => return Err(StoreError::io("rename into place as", to)(error)),
     }
-    sync_parents(from, to)?;
+    if let Err(error) = sync_parents(from, to) {
+        // Nobody was told of the new name yet. If it cannot be taken back either, what has it is whole.
+        let _ = rustix::fs::renameat_with(CWD, to, CWD, from, RenameFlags::NOREPLACE);
+        return Err(error);
+    }
     Ok(Moved::Done)
 }
 
-/// Swaps two names in one step and flushes both directories.
+/// Swaps two names in one step and flushes both directories. After an error the names are as they were.
 pub(crate) fn exchange(one: &Path, other: &Path) -> Result<()> {
-    rustix::fs::renameat_with(CWD, one, CWD, other, RenameFlags::EXCHANGE)
-        .map_err(StoreError::io("exchange with a new version", other))?;
-    sync_parents(one, other)
+    let swap = || rustix::fs::renameat_with(CWD, one, CWD, other, RenameFlags::EXCHANGE);
+    swap().map_err(StoreError::io("exchange with a new version", other))?;
+    sync_parents(one, other).inspect_err(|_| {
+        // As in `move_new`.
+        let _ = swap();
+    })
 }
 
 /// The new name first: if power fails between the two, the old name may come back as a leftover in

@@ -1,10 +1,11 @@
-//! Snapshot directories and content-addressed blobs on disk: published whole, verified, swept.
+//! Snapshot directories and content-addressed blobs on disk: published whole, verified, swept; packs of them.
 //!
 //! ```text
 //! <root>/lock                      held with flock while a store is open; names the holder
 //!        snapshots/<tag>/          immutable: snapshot.json, vmstate, memory.layer, disk-N.layer
 //!        blobs/<64 hex digits>     immutable: kernels, initramfs images, root disks
 //!        staging/<name>            being written or being removed; emptied at open
+//!        arriving/<name>           whole and on its way to the above; finished at open
 //! ```
 //!
 //! Everything becomes visible by one `rename` of something that is already on disk and synced, and
@@ -22,6 +23,8 @@ mod durable;
 mod error;
 mod lock;
 mod meta;
+pub mod pack;
+mod seal;
 mod snapshots;
 mod sparse;
 mod staged;

@@ -38,9 +38,9 @@ impl RootLock {
             }
             Err(error) => return Err(StoreError::io("lock", &path)(error)),
         }
-        file.set_len(0)
-            .and_then(|()| writeln!(file, "{}", std::process::id()))
-            .map_err(StoreError::io("write the process id to", &path))?;
+        // For the error text above, no more: a disk that is full must not keep the store shut, whose opening
+        // gives back what lies in staging.
+        let _ = file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id()));
         Ok(Self { _file: file })
     }
 }

@@ -3,9 +3,13 @@
 //! Within one version, fields may be added with a default and readers ignore fields they do not
 //! know. A change of meaning is a new version, which older readers refuse by name.
 
+use std::fmt;
+
 use forkd_proto::monitor::{Backing, SnapshotFacts};
 use forkd_types::{Digest, Tag};
 use serde::{Deserialize, Serialize};
+
+use crate::seal;
 
 /// The version that this code writes, and the newest it reads.
 pub const CURRENT: u32 = 1;
@@ -41,6 +45,9 @@ pub struct SnapshotMeta {
     /// Id of the sandbox it was taken from, if any.
     #[serde(default)]
     pub branched_from: Option<String>,
+    /// Id of the sandbox that this is a checkpoint of, on disk; such a snapshot is not for users to see.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub checkpoint_of: Option<String>,
     /// How long that sandbox stood still, microseconds.
     #[serde(default)]
     pub pause_us: Option<u64>,
@@ -146,6 +153,30 @@ pub struct Boot {
     pub cpu: CpuFacts,
 }
 
+impl Boot {
+    /// Fails with the first thing in which it is another machine than `other`, and what each has.
+    fn check_same(&self, other: &Self) -> Result<(), (&'static str, String, String)> {
+        let Self { kernel, initramfs, kernel_release, agent_version, guest_cid, cpu } = self;
+        let initramfs_of = |one: &Option<Digest>| one.map_or_else(|| "none".to_owned(), |digest| digest.to_string());
+        let things = [
+            ("kernel", kernel.to_string(), other.kernel.to_string()),
+            ("initramfs", initramfs_of(initramfs), initramfs_of(&other.initramfs)),
+            ("kernel release", kernel_release.clone(), other.kernel_release.clone()),
+            ("agent version", agent_version.clone(), other.agent_version.clone()),
+            ("vsock context id", guest_cid.to_string(), other.guest_cid.to_string()),
+            ("processor", cpu.to_string(), other.cpu.to_string()),
+        ];
+        things.into_iter().find(|(_, own, others)| own != others).map_or(Ok(()), Err)
+    }
+}
+
+impl fmt::Display for CpuFacts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { vendor, family, model, stepping, features } = self;
+        write!(f, "{vendor} family {family} model {model} stepping {stepping} with {}", features.join(" "))
+    }
+}
+
 /// The processor that a guest saw; a host that lacks one of these features cannot run it.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct CpuFacts {
@@ -183,6 +214,7 @@ impl SnapshotMeta {
             created_at_unix,
             parent: None,
             branched_from: None,
+            checkpoint_of: None,
             pause_us: None,
             diff: None,
             vcpus: facts.vcpus,
@@ -221,6 +253,24 @@ impl SnapshotMeta {
         [VMSTATE].into_iter().chain(memory).chain(disks)
     }
 
+    /// The bytes of `snapshot.json`, sealed.
+    ///
+    /// # Errors
+    /// In words, what JSON cannot hold.
+    pub fn encode(&self) -> Result<Vec<u8>, String> {
+        #[derive(Serialize)]
+        struct Sealed<'a> {
+            #[serde(flatten)]
+            meta: &'a SnapshotMeta,
+            seal: &'static str,
+        }
+        let sealed = Sealed { meta: self, seal: seal::OPEN };
+        let mut json = serde_json::to_vec_pretty(&sealed).map_err(|error| error.to_string())?;
+        json.push(b'\n');
+        seal::close(&mut json)?;
+        Ok(json)
+    }
+
     /// Reads a description. The error says what is wrong in words that fit after "unusable:".
     pub(crate) fn parse(bytes: &[u8]) -> Result<Self, String> {
         #[derive(Deserialize)]
@@ -236,12 +286,13 @@ impl SnapshotMeta {
             ));
         }
         let meta: Self = serde_json::from_slice(bytes).map_err(malformed)?;
+        seal::check(bytes).map_err(|reason| format!("{SNAPSHOT_JSON} is damaged: {reason}"))?;
         meta.check()?;
         Ok(meta)
     }
 
-    /// Whether the layers can lie over those of `parent`: memory and disks must be of the same size, and
-    /// disks over the same images.
+    /// Whether the layers can lie over those of `parent`: memory and disks must be of the same size, disks over
+    /// the same images, and the machine that ran the same that was once booted.
     pub(crate) fn check_over(&self, parent: &Self) -> Result<(), String> {
         let tag = &parent.tag;
         let disks = |meta: &Self| meta.disks.iter().map(|disk| (disk.base, disk.logical_bytes)).collect::<Vec<_>>();
@@ -249,6 +300,9 @@ impl SnapshotMeta {
         if self.memory_bytes != parent.memory_bytes {
             let (own, parents) = (self.memory_bytes, parent.memory_bytes);
             return Err(format!("it has {own} bytes of memory, its parent {tag} has {parents}"));
+        }
+        if self.vcpus != parent.vcpus {
+            return Err(format!("it has {} vCPUs, its parent {tag} has {}", self.vcpus, parent.vcpus));
         }
         if own.len() != parents.len() {
             return Err(format!("it has {} disks, its parent {tag} has {}", own.len(), parents.len()));
@@ -265,7 +319,9 @@ impl SnapshotMeta {
                 ));
             }
         }
-        Ok(())
+        self.boot
+            .check_same(&parent.boot)
+            .map_err(|(what, own, parents)| format!("its {what} is {own}, that of its parent {tag} is {parents}"))
     }
 
     /// What would make the description unusable whatever files there are.
@@ -336,8 +392,8 @@ pub(crate) mod tests {
     #[test]
     fn version_1_is_written_and_read_as_released() {
         assert_eq!(SnapshotMeta::parse(VERSION_1.as_bytes()).expect("fixture"), sample("py"));
-        let text = serde_json::to_string_pretty(&sample("py")).expect("plain data");
-        assert_eq!(text.trim(), VERSION_1.trim(), "the format changed: add a version and a fixture");
+        let text = String::from_utf8(sample("py").encode().expect("plain data")).expect("JSON is text");
+        assert_eq!(text, VERSION_1, "the format changed: add a version and a fixture");
     }
 
     #[test]
@@ -356,7 +412,9 @@ pub(crate) mod tests {
             assert!(object.remove(optional).is_some(), "{optional}");
         }
         object.insert("colour".into(), "blue".into());
-        let meta = SnapshotMeta::parse(value.to_string().as_bytes()).expect("still readable");
+        let mut text = value.to_string().into_bytes();
+        seal::close(&mut text).expect("it has a seal");
+        let meta = SnapshotMeta::parse(&text).expect("still readable");
         assert_eq!(meta.parent, None);
         assert_eq!(meta.blobs().count(), 2);
     }
@@ -366,18 +424,19 @@ pub(crate) mod tests {
         for name in ["../x", "/etc/passwd", "", ".", "..", "a/b", SNAPSHOT_JSON] {
             let mut meta = sample("py");
             meta.memory_layers[0].file = name.into();
-            let text = serde_json::to_vec(&meta).expect("plain data");
-            assert!(SnapshotMeta::parse(&text).is_err(), "{name:?}");
+            let text = meta.encode().expect("plain data");
+            let error = SnapshotMeta::parse(&text).expect_err("it would leave");
+            assert!(error.contains("not a plain name"), "{name:?}: {error}");
         }
     }
 
     proptest! {
         #[test]
-        fn damaged_descriptions_never_panic(at in 0..VERSION_1.len(), byte: u8) {
+        fn damaged_descriptions_are_noticed(at in 0..VERSION_1.len(), byte: u8) {
             let mut bytes = VERSION_1.as_bytes().to_vec();
             bytes[at] = byte;
-            let _ = SnapshotMeta::parse(&bytes);
-            let _ = SnapshotMeta::parse(&bytes[..at]);
+            prop_assert_eq!(SnapshotMeta::parse(&bytes).is_ok(), bytes == VERSION_1.as_bytes());
+            prop_assert!(SnapshotMeta::parse(&bytes[..at]).is_err());
         }
     }
 }

@@ -8,7 +8,7 @@ use forkd_types::{Digest, Tag};
 
 use crate::disk_usage;
 use crate::meta::{ParentRef, SIZE_LIMIT, SNAPSHOT_JSON, SnapshotMeta, VMSTATE};
-use crate::store::{Store, remove_all};
+use crate::store::Store;
 use crate::{Result, StoreError};
 
 /// The most ancestors of a snapshot. A zygote opens every layer between the base and its snapshot.
@@ -81,27 +81,34 @@ impl Snapshot {
 
     fn load(dir: PathBuf, tag: &Tag) -> Result<Self> {
         let damaged = |reason| StoreError::Damaged { tag: tag.clone(), dir: dir.clone(), reason };
-        let bytes = match read_limited(&dir.join(SNAPSHOT_JSON)) {
+        let json = dir.join(SNAPSHOT_JSON);
+        let bytes = match read_limited(&json) {
             Ok(Some(bytes)) => bytes,
             Ok(None) => return Err(damaged(format!("{SNAPSHOT_JSON} exceeds {SIZE_LIMIT} bytes"))),
             Err(error) if error.kind() == io::ErrorKind::NotFound && !dir.exists() => {
                 return Err(StoreError::NotFound { tag: tag.clone() });
             }
-            Err(error) => return Err(damaged(format!("{SNAPSHOT_JSON} cannot be read: {error}"))),
+            Err(error) if is_absence(&error) => {
+                return Err(damaged(format!("{SNAPSHOT_JSON} cannot be read: {error}")));
+            }
+            // Too many open files, say: that is no word about the snapshot.
+            Err(error) => return Err(StoreError::io("read", &json)(error)),
         };
         let meta = SnapshotMeta::parse(&bytes).map_err(&damaged)?;
         if meta.tag != *tag {
             return Err(damaged(format!("{SNAPSHOT_JSON} is that of a snapshot {}", meta.tag)));
         }
         for file in meta.files() {
-            match dir.join(file).symlink_metadata() {
+            let path = dir.join(file);
+            match path.symlink_metadata() {
                 Ok(metadata) if !metadata.is_file() => return Err(damaged(format!("{file} is not a regular file"))),
                 Ok(metadata) if file == VMSTATE && metadata.len() != meta.vmstate.bytes => {
                     let (is, was) = (metadata.len(), meta.vmstate.bytes);
                     return Err(damaged(format!("{file} holds {is} bytes, {was} were written")));
                 }
                 Ok(_) => {}
-                Err(error) => return Err(damaged(format!("{file} cannot be found: {error}"))),
+                Err(error) if is_absence(&error) => return Err(damaged(format!("{file} cannot be found: {error}"))),
+                Err(error) => return Err(StoreError::io("look for", &path)(error)),
             }
         }
         let digest = Digest::from_bytes(*blake3::hash(&bytes).as_bytes());
@@ -170,7 +177,8 @@ impl Store {
     /// runs on.
     ///
     /// # Errors
-    /// [`StoreError::HasChildren`] while others derive from it, [`StoreError::NotFound`].
+    /// [`StoreError::HasChildren`] while others derive from it, [`StoreError::NotFound`]. It is still there
+    /// after each of them, and also when another snapshot cannot be read just now, which may derive from it.
     pub fn remove(&self, tag: &Tag) -> Result<()> {
         self.remove_if(tag, || self.refuse_children(tag))
     }
@@ -184,7 +192,9 @@ impl Store {
     pub fn remove_forced(&self, tag: &Tag) -> Result<Vec<Tag>> {
         let mut orphans = Vec::new();
         self.remove_if(tag, || {
-            orphans = self.children(tag)?;
+            // Those that cannot be read just now are not told of; they lose their parent all the same.
+            orphans = children_among(&self.whole(|_, _| Ok(()))?, tag);
+            orphans.sort();
             Ok(())
         })?;
         Ok(orphans)
@@ -200,13 +210,14 @@ impl Store {
         allow()?;
         let grave = self.shared.bury(&dir, tag.as_str())?;
         drop(changes);
-        remove_all(&grave)
+        self.shared.discard(grave);
+        Ok(())
     }
 
     /// Every snapshot that derives from `tag`, directly or not, in an order in which they can be
     /// removed: children before their parents. `tag` itself is not among them.
     pub fn descendants(&self, tag: &Tag) -> Result<Vec<Tag>> {
-        let published = self.published()?;
+        let published = self.whole(|_, error| Err(error))?;
         let mut found = vec![tag.clone()];
         let mut next = 0;
         while next < found.len() {
@@ -221,15 +232,35 @@ impl Store {
         Ok(found)
     }
 
+    /// The tags of published snapshots, whole and broken, in no order.
+    fn tags(&self) -> Result<Vec<Tag>> {
+        let root = self.shared.snapshots();
+        let failed = |error: io::Error| StoreError::io("list", &root)(error);
+        let names = root.read_dir().map_err(failed)?.map(|entry| Ok(entry.map_err(failed)?.file_name()));
+        // What is no tag was not put here by a store.
+        let tags = names.filter_map(|name: Result<_>| name.map(|name| name.to_string_lossy().parse().ok()).transpose());
+        tags.collect()
+    }
+
+    /// Published snapshots that are whole, in no order. `unknown` says what to do about one that cannot be read
+    /// just now.
+    fn whole(&self, unknown: impl Fn(&Tag, StoreError) -> Result<()>) -> Result<Vec<Snapshot>> {
+        let mut whole = Vec::new();
+        for tag in self.tags()? {
+            match self.get(&tag) {
+                Ok(snapshot) => whole.push(snapshot),
+                Err(StoreError::NotFound { .. } | StoreError::Damaged { .. }) => {}
+                Err(error) => unknown(&tag, error)?,
+            }
+        }
+        Ok(whole)
+    }
+
     /// Published snapshots, whole and broken, in no order.
     pub(crate) fn published(&self) -> Result<Vec<Listed>> {
         let root = self.shared.snapshots();
-        let failed = |error: io::Error| StoreError::io("list", &root)(error);
         let mut all = Vec::new();
-        for entry in root.read_dir().map_err(failed)? {
-            let name = entry.map_err(failed)?.file_name();
-            // What is no tag was not put here by a store.
-            let Ok(tag) = name.to_string_lossy().parse::<Tag>() else { continue };
+        for tag in self.tags()? {
             let dir = root.join(&tag);
             let measured = disk_usage::of_dir(&dir);
             match (self.get(&tag), measured) {
@@ -243,7 +274,9 @@ impl Store {
                 }
                 (Ok(_), Err(_)) if !dir.exists() => {}
                 (Err(error), _) | (Ok(_), Err(error)) => {
-                    all.push(Listed::Failed { tag, dir, reason: error.to_string(), stored_bytes: 0 });
+                    let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}"));
+                    let reason = format!("{error}{}", cause.unwrap_or_default());
+                    all.push(Listed::Failed { tag, dir, reason, stored_bytes: 0 });
                 }
             }
         }
@@ -269,15 +302,20 @@ impl Store {
     /// Fails while another snapshot derives from `tag`, which then can neither be removed nor replaced.
     ///
     /// # Errors
-    /// [`StoreError::HasChildren`].
+    /// [`StoreError::HasChildren`], or why it cannot be told.
     pub fn refuse_children(&self, tag: &Tag) -> Result<()> {
         let children = self.children(tag)?;
         if children.is_empty() { Ok(()) } else { Err(StoreError::HasChildren { tag: tag.clone(), children }) }
     }
 
     /// The snapshots that derive directly from the one published as `tag`, in the order of their tags.
+    ///
+    /// # Errors
+    /// When one cannot be read just now, which may be among them.
     pub(crate) fn children(&self, tag: &Tag) -> Result<Vec<Tag>> {
-        let mut children = children_among(&self.published()?, tag);
+        // What `tag` is itself is not the question: it must be possible to remove it when it cannot be read.
+        let whole = self.whole(|of, error| if of == tag { Ok(()) } else { Err(error) })?;
+        let mut children = children_among(&whole, tag);
         children.sort();
         Ok(children)
     }
@@ -285,17 +323,18 @@ impl Store {
 
 /// The children of `parent`. Those of an earlier snapshot of the same tag, which was removed by force, are
 /// not among them; of a broken one the digest is not known, and all that name the tag are.
-fn children_among(published: &[Listed], parent: &Tag) -> Vec<Tag> {
-    let digest = published.iter().find_map(|listed| match listed {
-        Listed::Ready { snapshot, .. } if snapshot.meta.tag == *parent => Some(snapshot.digest),
-        _ => None,
-    });
+fn children_among(whole: &[Snapshot], parent: &Tag) -> Vec<Tag> {
+    let digest = whole.iter().find(|snapshot| snapshot.meta.tag == *parent).map(|snapshot| snapshot.digest);
     let derives = |named: &ParentRef| named.tag == *parent && digest.is_none_or(|digest| named.digest == digest);
-    let child = |listed: &&Listed| match listed {
-        Listed::Ready { snapshot, .. } => snapshot.meta.parent.as_ref().is_some_and(derives),
-        Listed::Writing { .. } | Listed::Failed { .. } => false,
-    };
-    published.iter().filter(child).map(|listed| listed.tag().clone()).collect()
+    let children = whole.iter().filter(|snapshot| snapshot.meta.parent.as_ref().is_some_and(derives));
+    children.map(|snapshot| snapshot.meta.tag.clone()).collect()
+}
+
+/// Whether a file is not there, or is something that no store made.
+fn is_absence(error: &io::Error) -> bool {
+    use io::ErrorKind::{IsADirectory, NotADirectory, NotFound};
+    matches!(error.kind(), NotFound | NotADirectory | IsADirectory)
+        || rustix::io::Errno::from_io_error(error) == Some(rustix::io::Errno::LOOP)
 }
 
 /// The bytes of a file, or `None` when there are more than a description may have.

@@ -2,10 +2,13 @@
 
 use std::fs::File;
 use std::io::{self, Write};
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 use blake3::Hasher;
 use forkd_types::{Digest, PAGE_SIZE};
+use rustix::fs::SeekFrom;
+use rustix::io::Errno;
 
 /// How much is gathered before it is written. A multiple of the granule.
 const CHUNK: usize = 1 << 20;
@@ -90,9 +93,30 @@ impl Write for SparseWriter {
     }
 }
 
-fn is_zero(block: &[u8]) -> bool {
+/// Where `file`, `end` bytes long, next has data at or after `at`; an empty range at its end when only a hole is
+/// left. A file system that knows no holes has one stretch of data.
+pub(crate) fn next_extent(file: &File, at: u64, end: u64) -> io::Result<Range<u64>> {
+    let data = match rustix::fs::seek(file, SeekFrom::Data(at)) {
+        Ok(data) => data.min(end),
+        Err(Errno::NXIO) => end,
+        Err(Errno::INVAL | Errno::OPNOTSUPP) => at,
+        Err(error) => return Err(error.into()),
+    };
+    if data == end {
+        return Ok(end..end);
+    }
+    let hole = match rustix::fs::seek(file, SeekFrom::Hole(data)) {
+        Ok(hole) => hole.min(end),
+        Err(Errno::INVAL | Errno::OPNOTSUPP | Errno::NXIO) => end,
+        Err(error) => return Err(error.into()),
+    };
+    Ok(data..hole)
+}
+
+/// Whether a block is all zeros.
+pub(crate) fn is_zero(block: &[u8]) -> bool {
     // A slice comparison is one memcmp, quick in unoptimised builds too.
-    *block == ZEROS[..block.len()]
+    block.chunks(CHUNK).all(|part| *part == ZEROS[..part.len()])
 }
 
 #[cfg(test)]

@@ -18,7 +18,7 @@ use rustix::fs::{Dir, FileType, Gid, Mode, OFlags, Uid};
 use crate::durable::{self, Moved};
 use crate::meta::{CURRENT, SIZE_LIMIT, SNAPSHOT_JSON, SnapshotMeta, VMSTATE};
 use crate::snapshots::Snapshot;
-use crate::store::{Store, make_dir, remove_all};
+use crate::store::Store;
 use crate::{Result, StoreError};
 
 /// A directory in which a snapshot is being written. Dropping it removes it.
@@ -38,9 +38,10 @@ impl Store {
     /// Two may be staged for one tag; what counts is which is published first.
     pub fn stage(&self, tag: &Tag) -> Result<StagedSnapshot> {
         let path = self.shared.staging_path(tag.as_str());
-        make_dir(&path)?;
-        let dir = rustix::fs::open(&path, OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
-            .map_err(StoreError::io("open", &path))?;
+        rustix::fs::mkdir(&path, Mode::RWXU).map_err(StoreError::io("create directory", &path))?;
+        let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
+        let opened = rustix::fs::open(&path, flags, Mode::empty()).map_err(StoreError::io("open", &path));
+        let dir = opened.inspect_err(|_| self.shared.discard(path.clone()))?;
         self.shared.changes().writing.push(tag.clone());
         Ok(StagedSnapshot { store: self.clone(), tag: tag.clone(), path, dir, linked: Vec::new() })
     }
@@ -162,8 +163,7 @@ impl StagedSnapshot {
             }
             seal_fd(&file, Mode::from_raw_mode(0o444)).map_err(StoreError::io("seal", &path))?;
         }
-        let mut json = serde_json::to_vec_pretty(meta).map_err(|error| inconsistent(error.to_string()))?;
-        json.push(b'\n');
+        let json = meta.encode().map_err(inconsistent)?;
         if json.len() as u64 > SIZE_LIMIT {
             return Err(inconsistent(format!("its description takes {} bytes, {SIZE_LIMIT} fit", json.len())));
         }
@@ -190,7 +190,7 @@ impl Drop for StagedSnapshot {
     /// Removes what is at the staged path: this snapshot, or after a replacement the earlier one,
     /// or nothing. What cannot be removed now is swept at the next opening.
     fn drop(&mut self) {
-        let _ = remove_all(&self.path);
+        self.store.shared.discard(self.path.clone());
         let mut changes = self.store.shared.changes();
         if let Some(at) = changes.writing.iter().position(|tag| *tag == self.tag) {
             changes.writing.swap_remove(at);

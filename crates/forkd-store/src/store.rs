@@ -11,6 +11,7 @@ use forkd_types::Tag;
 
 use crate::durable;
 use crate::lock::RootLock;
+use crate::pack::arrival;
 use crate::{Result, StoreError};
 
 /// An open store. Clones share it; it closes with the last clone and the last thing staged in it.
@@ -36,11 +37,13 @@ pub(crate) struct Shared {
 pub(crate) struct Changes {
     /// Tags of snapshots that are being written; one may be there twice.
     pub(crate) writing: Vec<Tag>,
+    /// What in staging could not be deleted yet.
+    undeleted: Vec<PathBuf>,
 }
 
 impl Store {
-    /// Opens the store in `root`, making the directory when it is missing and removing what an
-    /// earlier process left unfinished.
+    /// Opens the store in `root`, making the directory when it is missing, and finishing or removing
+    /// what an earlier process left unfinished.
     ///
     /// # Errors
     /// [`StoreError::Locked`] when another process, or this one, has it open.
@@ -49,10 +52,11 @@ impl Store {
         let root = root.canonicalize().map_err(StoreError::io("resolve", root))?;
         let lock = RootLock::acquire(&root)?;
         let shared = Shared { root, staged: AtomicU64::new(0), changes: Mutex::default(), _lock: lock };
-        for dir in [shared.snapshots(), shared.blobs(), shared.staging()] {
+        for dir in [shared.snapshots(), shared.blobs(), shared.staging(), shared.arriving()] {
             make_dir(&dir)?;
         }
         durable::sync_dir(&shared.root)?;
+        arrival::finish_all(&shared)?;
         shared.sweep()?;
         Ok(Self { shared: Arc::new(shared) })
     }
@@ -82,6 +86,10 @@ impl Shared {
         self.root.join("staging")
     }
 
+    pub(crate) fn arriving(&self) -> PathBuf {
+        self.root.join("arriving")
+    }
+
     pub(crate) fn snapshot(&self, tag: &Tag) -> PathBuf {
         self.snapshots().join(tag)
     }
@@ -103,6 +111,15 @@ impl Shared {
         Ok(grave)
     }
 
+    /// Deletes something in staging that is nobody's any more. What cannot be deleted now is tried again with
+    /// what comes next, and swept at the next opening: whoever removed it is done either way.
+    pub(crate) fn discard(&self, path: PathBuf) {
+        let mut undeleted = std::mem::take(&mut self.changes().undeleted);
+        undeleted.push(path);
+        undeleted.retain(|path| remove_all(path).is_err());
+        self.changes().undeleted.extend(undeleted);
+    }
+
     fn sweep(&self) -> Result<()> {
         let staging = self.staging();
         let failed = |error: io::Error| StoreError::io("sweep", &staging)(error);
@@ -113,20 +130,30 @@ impl Shared {
     }
 }
 
+/// How often a directory is emptied that gains files meanwhile. A writer that nobody waits for any more creates
+/// a few files at most, none of them twice.
+const EMPTYINGS: usize = 16;
+
 /// Removes a file or a tree, without following links; it may be gone already.
 pub(crate) fn remove_all(path: &Path) -> Result<()> {
-    let removed = match fs::symlink_metadata(path) {
-        Ok(metadata) if metadata.is_dir() => fs::remove_dir_all(path),
-        Ok(_) => fs::remove_file(path),
-        Err(error) => Err(error),
-    };
-    match removed {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(StoreError::io("remove", path)(error)),
-        _ => Ok(()),
+    for last in 1..=EMPTYINGS {
+        let removed = match fs::symlink_metadata(path) {
+            Ok(metadata) if metadata.is_dir() => fs::remove_dir_all(path),
+            Ok(_) => fs::remove_file(path),
+            Err(error) => Err(error),
+        };
+        match removed {
+            Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty && last < EMPTYINGS => {}
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(StoreError::io("remove", path)(error));
+            }
+            _ => break,
+        }
     }
+    Ok(())
 }
 
-/// Makes a directory that only its owner may enter: snapshots hold guests' memory.
+/// Makes a directory, if it is not there, that only its owner may enter: snapshots hold guests' memory.
 pub(crate) fn make_dir(path: &Path) -> Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(StoreError::io("create directory", path))
 }
@@ -144,6 +171,41 @@ mod tests {
         assert!(error.to_string().contains(&std::process::id().to_string()), "{error}");
         drop(store);
         Store::open(dir.path()).expect("open again");
+    }
+
+    #[test]
+    fn a_directory_that_gains_files_while_it_is_removed_goes_all_the_same() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let path = dir.path().join("0-py");
+        for _ in 0..50 {
+            fs::create_dir(&path).expect("mkdir");
+            // A writer that is not dead yet.
+            let writer = {
+                let path = path.clone();
+                std::thread::spawn(move || {
+                    (0..10).take_while(|index| fs::File::create_new(path.join(index.to_string())).is_ok()).count()
+                })
+            };
+            remove_all(&path).expect("removed");
+            writer.join().expect("no panic");
+            assert!(!path.exists());
+        }
+    }
+
+    #[test]
+    fn what_could_not_be_deleted_goes_with_the_next() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let store = Store::open(dir.path()).expect("open");
+        // Below a file nothing can be looked for, as below a broken directory.
+        let (stuck, next) = (dir.path().join("staging/0-py/file"), dir.path().join("staging/1-py"));
+        fs::write(dir.path().join("staging/0-py"), "in the way").expect("write");
+        fs::write(&next, "x").expect("write");
+        store.shared.discard(stuck.clone());
+        assert_eq!(store.shared.changes().undeleted, std::slice::from_ref(&stuck));
+        fs::remove_file(dir.path().join("staging/0-py")).expect("remove");
+        fs::create_dir_all(&stuck).expect("mkdir");
+        store.shared.discard(next.clone());
+        assert!(!stuck.exists() && !next.exists() && store.shared.changes().undeleted.is_empty());
     }
 
     #[test]

@@ -3,7 +3,7 @@
 #![allow(dead_code, unreachable_pub, clippy::print_stdout, clippy::print_stderr)]
 
 use std::fs;
-use std::io::Write;
+use std::io::{self, Write};
 use std::path::Path;
 
 use forkd_proto::monitor::SnapshotFacts;
@@ -33,9 +33,15 @@ pub fn blob(store: &Store, bytes: &[u8]) -> Digest {
 /// Stages a snapshot as a monitor would write it; `content` makes it unlike others.
 pub fn staged(store: &Store, name: &str, content: &[u8]) -> (StagedSnapshot, SnapshotMeta) {
     let staged = store.stage(&tag(name)).expect("stage");
+    let meta = written(store, &staged, content).expect("write");
+    (staged, meta)
+}
+
+/// Writes the files of a staged snapshot, and describes them.
+pub fn written(store: &Store, staged: &StagedSnapshot, content: &[u8]) -> io::Result<SnapshotMeta> {
     let files = [(VMSTATE.to_owned(), content), (MEMORY_LAYER.to_owned(), b"pages"), (disk_layer_name(0), b"blocks")];
     for (file, bytes) in &files {
-        fs::write(staged.path().join(file), bytes).expect("write");
+        fs::write(staged.path().join(file), bytes)?;
     }
     let facts = SnapshotFacts {
         vcpus: 1,
@@ -48,18 +54,27 @@ pub fn staged(store: &Store, name: &str, content: &[u8]) -> (StagedSnapshot, Sna
         disk_zero_blocks: vec![0],
         stored_bytes: 0,
     };
-    let boot = Boot {
-        kernel: blob(store, b"kernel"),
-        initramfs: Some(blob(store, b"initramfs")),
+    let blob = |bytes: &[u8]| -> io::Result<Digest> {
+        let mut writer = store.stage_blob().map_err(io::Error::other)?;
+        writer.write_all(bytes)?;
+        writer.finish(Some(digest(bytes))).map_err(io::Error::other)
+    };
+    let boot = boot(blob(b"kernel")?, blob(b"initramfs")?);
+    let base = blob(b"disk")?;
+    let bytes = staged.vmstate_bytes().map_err(io::Error::other)?;
+    Ok(SnapshotMeta::new(staged.tag().clone(), 7, &facts, bytes, &[(base, 1 << 30)], boot))
+}
+
+/// What a guest was booted from.
+pub fn boot(kernel: Digest, initramfs: Digest) -> Boot {
+    Boot {
+        kernel,
+        initramfs: Some(initramfs),
         kernel_release: "6.12".into(),
         agent_version: "0.1.0".into(),
         guest_cid: 3,
         cpu: CpuFacts::default(),
-    };
-    let base = blob(store, b"disk");
-    let bytes = staged.vmstate_bytes().expect("written");
-    let meta = SnapshotMeta::new(tag(name), 7, &facts, bytes, &[(base, 1 << 30)], boot);
-    (staged, meta)
+    }
 }
 
 /// Publishes a snapshot; `parent` makes it a child.
@@ -77,6 +92,11 @@ pub fn layer_digest(path: &Path) -> std::io::Result<Digest> {
 /// What is left in staging.
 pub fn leftovers(store: &Store) -> usize {
     store.root().join("staging").read_dir().expect("list").count()
+}
+
+/// Says what a test did.
+pub fn note(text: &str) {
+    println!("{text}");
 }
 
 /// Says that a test could not run, and why.
