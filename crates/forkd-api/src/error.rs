@@ -102,7 +102,8 @@ impl From<NodeError> for ApiError {
 /// The status of a node's error, chosen by its stable code.
 fn status_of(error: &NodeError) -> StatusCode {
     match error.code() {
-        "bad_tag" | "bad_spawn_count" | "bad_field" | "digest_mismatch" => StatusCode::BAD_REQUEST,
+        "bad_tag" | "bad_spawn_count" | "bad_field" | "digest_mismatch" | "bad_pack" | "foreign_pack"
+        | "pack_version" | "pack_unsigned" | "pack_bad_signature" => StatusCode::BAD_REQUEST,
         "sandbox_not_found" | "snapshot_not_found" | "blob_not_found" | "blob_missing" | "checkpoint_not_found" => {
             StatusCode::NOT_FOUND
         }
@@ -113,8 +114,10 @@ fn status_of(error: &NodeError) -> StatusCode {
         | "snapshot_damaged"
         | "processor_lacks_features"
         | "snapshot_in_progress"
+        | "store_changed"
         | "checkpoint_exists"
         | "blob_in_use"
+        | "is_checkpoint"
         | "references_unknown" => StatusCode::CONFLICT,
         "kvm_unavailable" => StatusCode::SERVICE_UNAVAILABLE,
         "no_space" => StatusCode::INSUFFICIENT_STORAGE,

@@ -18,6 +18,7 @@ mod error;
 mod extract;
 mod json_lines;
 mod metrics;
+mod pieces;
 pub mod router;
 mod routes;
 pub mod server;

@@ -9,7 +9,7 @@ use forkd_node::Node;
 use crate::audit::{self, AuditLog};
 use crate::auth::{self, Token};
 use crate::error::ApiError;
-use crate::routes::{agent, bakes, blobs, branching, discovery, sandboxes, snapshots};
+use crate::routes::{agent, bakes, blobs, branching, discovery, packs, sandboxes, snapshots};
 use crate::{extract, metrics};
 
 /// What every handler uses.
@@ -31,8 +31,10 @@ const BODY_LIMIT: usize = 2 << 20;
 
 /// All routes. Requests need `token`, if there is one, and are written to `audit`, if there is one.
 pub fn router(api: Api, token: Option<Token>, audit: Option<AuditLog>) -> Router {
-    let uploads =
-        Router::new().route("/v1/blobs/{digest}", put(blobs::put).head(blobs::head)).layer(DefaultBodyLimit::disable());
+    let uploads = Router::new()
+        .route("/v1/blobs/{digest}", put(blobs::put).head(blobs::head))
+        .route("/v1/packs", post(packs::unpack))
+        .layer(DefaultBodyLimit::disable());
     let mut router = Router::new()
         .route("/healthz", get(discovery::health))
         .route("/version", get(discovery::version))
@@ -55,6 +57,7 @@ pub fn router(api: Api, token: Option<Token>, audit: Option<AuditLog>) -> Router
         .route("/v1/snapshots/{tag}/info", get(snapshots::info))
         .route("/v1/snapshots/{tag}/compact", post(branching::compact))
         .route("/v1/snapshots/{tag}/verify", post(snapshots::verify))
+        .route("/v1/snapshots/{tag}/pack", get(packs::pack))
         .route("/v1/bakes", post(bakes::bake))
         .layer(DefaultBodyLimit::max(BODY_LIMIT))
         .merge(uploads)

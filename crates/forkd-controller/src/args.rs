@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use forkd_types::ByteSize;
 
 /// forkd's daemon: holds snapshots, forks them into running sandboxes, and serves the REST API.
 #[derive(Debug, Parser)]
@@ -75,6 +76,11 @@ pub(crate) struct ServeArgs {
     /// How many children of one request come up at the same time [default: 4 per processor].
     #[arg(long, value_parser = at_least_one, value_name = "N")]
     pub(crate) spawn_concurrency: Option<usize>,
+
+    /// How much memory checkpoints may take together, as in 512M, before the oldest go to disk [default: a
+    /// quarter of the host's].
+    #[arg(long, env = "FORKD_CHECKPOINT_MEMORY", value_name = "SIZE")]
+    pub(crate) checkpoint_memory: Option<ByteSize>,
 
     /// End all sandboxes when the daemon stops; otherwise they run on and the next daemon finds them.
     #[arg(long)]

@@ -8,6 +8,7 @@ use forkd_api::audit::AuditLog;
 use forkd_api::auth::Token;
 use forkd_api::{Api, router, server};
 use forkd_node::{Node, NodeConfig};
+use forkd_types::ByteSize;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
@@ -52,6 +53,9 @@ fn resolve(args: ServeArgs) -> anyhow::Result<Settings> {
     }
     node.child_deadline = args.child_deadline;
     node.zygote_idle = args.zygote_idle;
+    if let Some(ByteSize(bytes)) = args.checkpoint_memory {
+        node.checkpoint_memory_bytes = bytes;
+    }
     if let Some(n) = args.spawn_concurrency {
         node.spawn_concurrency = n;
     }

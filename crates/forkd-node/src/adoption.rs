@@ -12,6 +12,7 @@ use forkd_proto::monitor::Command;
 use tokio::net::UnixStream;
 use tokio::sync::Semaphore;
 
+use crate::checkpoints::Checkpoints;
 use crate::control::{Control, MonitorError};
 use crate::database::{Record, RecordState};
 use crate::error::{NodeError, NodeResult};
@@ -27,8 +28,8 @@ const HANDSHAKE_LIMIT: Duration = Duration::from_secs(60);
 /// only because all were asked at once.
 const ASKED_AT_ONCE: usize = 16;
 
-/// Restores the roster from the database and clears what an earlier daemon left.
-pub(crate) async fn adopt_all(host: &Arc<Host>, roster: &Arc<Roster>) -> NodeResult<()> {
+/// Restores the roster and its checkpoints from the database and clears what an earlier daemon left.
+pub(crate) async fn adopt_all(host: &Arc<Host>, roster: &Arc<Roster>, checkpoints: &Checkpoints) -> NodeResult<()> {
     let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
         .map_err(NodeError::io("read /proc/sys/kernel/random/boot_id"))?;
     let rebooted = host.database.host_rebooted(boot_id.trim().to_owned()).await?;
@@ -44,7 +45,8 @@ pub(crate) async fn adopt_all(host: &Arc<Host>, roster: &Arc<Roster>) -> NodeRes
         });
     }
     adopting.join_all().await;
-    let known: HashSet<String> = roster.all().iter().map(|sandbox| sandbox.id.to_string()).collect();
+    let mut known: HashSet<String> = roster.all().iter().map(|sandbox| sandbox.id.to_string()).collect();
+    known.extend(checkpoints.adopt_all(rebooted).await?);
     host.files.sweep(|name, _| known.contains(name)).map_err(NodeError::io("sweep the run directory"))?;
     host.cgroups.sweep();
     host.database.settle().await?;
@@ -107,7 +109,7 @@ async fn find(host: &Host, record: &Record) -> Result<Running, String> {
 }
 
 /// Connects to the monitor called `name` and makes sure that it is process `pid`.
-async fn shake_hands(host: &Host, name: &str, pid: i32) -> Result<Arc<Control>, String> {
+pub(crate) async fn shake_hands(host: &Host, name: &str, pid: i32) -> Result<Arc<Control>, String> {
     let (control, sender) = reach(host, name).await?;
     if sender != Some(pid) {
         return Err(format!("its control socket is answered by process {sender:?} instead of {pid}"));

@@ -30,8 +30,8 @@ use crate::guest::Guest;
 use crate::host::{Host, Traces, blocking, unix_now};
 use crate::launch::{self, Launched, Owned};
 use crate::process::ProcessKey;
+use crate::publication;
 use crate::snapshot_writer::SnapshotWriter;
-use crate::snapshots;
 use crate::zygotes::Zygotes;
 
 /// Lines of the guest's console that a failure quotes.
@@ -307,16 +307,13 @@ impl Bake {
             cpu: self.host.cpu.clone(),
         };
         let disks = [(self.disk.0, self.disk.1.size)];
-        let (store, tag, replace) = (self.host.store.clone(), self.tag.clone(), self.request.replace);
-        let publishing = blocking("publishing a snapshot", move || {
-            let vmstate_bytes = staged.vmstate_bytes()?;
-            let mut meta = SnapshotMeta::new(tag, unix_now(), &facts, vmstate_bytes, &disks, boot);
+        let describe = move |staged: &mut StagedSnapshot| {
+            let tag = staged.tag().clone();
+            let mut meta = SnapshotMeta::new(tag, unix_now(), &facts, staged.vmstate_bytes()?, &disks, boot);
             meta.warm = pong.warm;
-            let snapshot = store.publish(staged, meta, replace)?;
-            let stored = snapshots::stored_bytes(&snapshot.dir);
-            Ok::<_, forkd_store::StoreError>(snapshots::ready_info(&snapshot, Some(stored)))
-        });
-        let published = publishing.await.map_err(|error| error.to_string())?;
+            Ok(meta)
+        };
+        let published = publication::publish(&self.host.store, staged, self.request.replace, describe).await;
         // Children of the tag come from the new snapshot from now on.
         self.zygotes.discard(&self.tag);
         published.map_err(|error| with_causes(&error))

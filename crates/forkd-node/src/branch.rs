@@ -12,20 +12,22 @@
 //! other and nothing is copied.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use forkd_proto::monitor::{Contents, SnapshotFacts};
-use forkd_store::{
-    DiffFacts, DiskLayer, MEMORY_LAYER, MemoryLayer, ParentRef, Snapshot, SnapshotMeta, StagedSnapshot, StoreError,
-};
+use forkd_proto::monitor::Contents;
+use forkd_store::{DiffFacts, MEMORY_LAYER, ParentRef, Snapshot, StagedSnapshot, StoreError};
 use forkd_types::rest::{BranchMode, BranchRequest, SnapshotInfo, SnapshotStatus};
-use forkd_types::{PageCount, SandboxId, Tag};
+use forkd_types::{PageCount, Tag};
 
-use crate::claims::{Claim, Claims};
+use crate::claims::Claims;
+use crate::database::Base;
 use crate::error::{NodeError, NodeResult, with_causes};
 use crate::host::{Host, blocking, unix_now};
+use crate::lineage::{LAYERS_LIMIT, adopt_layers, chain_of, describe, layer_count, lies_over};
+use crate::publication::Written;
 use crate::sandbox::Sandbox;
 use crate::snapshot_writer::SnapshotWriter;
 use crate::snapshots;
@@ -33,10 +35,6 @@ use crate::zygotes::Zygotes;
 
 /// How long the guest may take to flush its file systems.
 const SYNC_LIMIT: Duration = Duration::from_secs(60);
-
-/// A snapshot that depends on no other is written whole when it would have more memory layers than this.
-/// Each is a descriptor of a zygote, and twice that with the disk's.
-const LAYERS_LIMIT: usize = 48;
 
 /// Branches that failed after their request had been answered, by tag; shown until the tag is used again.
 #[derive(Clone, Default)]
@@ -71,6 +69,7 @@ struct Order {
     /// Keep it as a layer over the sandbox's snapshot.
     layered: bool,
     sync: bool,
+    replace: bool,
 }
 
 impl Order {
@@ -97,7 +96,8 @@ impl Order {
             return wrong("parent_tag", "given".to_owned(), "it needs mode diff");
         }
         let measure = diff || request.measure_diff;
-        Ok(Self { tag, wait: request.wait, measure, layered: request.parent_tag.is_some(), sync: request.sync })
+        let (layered, sync, replace) = (request.parent_tag.is_some(), request.sync, request.replace);
+        Ok(Self { tag, wait: request.wait, measure, layered, sync, replace })
     }
 }
 
@@ -119,14 +119,22 @@ pub(crate) struct Brancher {
 /// A branch whose source runs again.
 struct Begun {
     order: Order,
-    source: SandboxId,
-    /// The sandbox's own snapshot and all it derives from, the base first.
+    source: Arc<Sandbox>,
+    /// The snapshot that the sandbox changes and all it derives from, the base first.
     chain: Vec<Snapshot>,
+    /// The one that the new snapshot is to lie over, and all that derives from, if it is to be a layer.
+    over: Option<Vec<Snapshot>>,
     contents: Contents,
     staged: StagedSnapshot,
-    claim: Claim,
     writer: SnapshotWriter,
     began: Instant,
+}
+
+/// A place for a snapshot, and what it lies over.
+struct Staged {
+    staged: StagedSnapshot,
+    chain: Vec<Snapshot>,
+    over: Option<Vec<Snapshot>>,
 }
 
 impl Brancher {
@@ -138,11 +146,13 @@ impl Brancher {
     pub(crate) async fn branch(&self, sandbox: &Arc<Sandbox>, request: &BranchRequest) -> NodeResult<SnapshotInfo> {
         let order = Order::check(request)?;
         let claim = self.claims.claim(&order.tag)?;
-        let own = order.tag.clone();
-        let store = self.host.store.clone();
-        if blocking("looking for a snapshot", move || store.get(&own).is_ok()).await? {
-            return Err(forkd_store::StoreError::AlreadyExists { tag: order.tag }.into());
-        }
+        let (store, own, replace) = (self.host.store.clone(), order.tag.clone(), order.replace);
+        blocking("looking for a snapshot", move || match store.get(&own) {
+            Ok(_) if !replace => Err(StoreError::AlreadyExists { tag: own }),
+            Ok(_) => store.refuse_children(&own),
+            Err(_) => Ok(()),
+        })
+        .await??;
         if let Some(parent) = &request.parent_tag
             && *parent != sandbox.origin.snapshot_tag.as_str()
         {
@@ -150,14 +160,13 @@ impl Brancher {
             return Err(NodeError::BadField { field: "parent_tag", value: parent.clone(), rule });
         }
         self.failed.forget(&order.tag);
-        let wait = order.wait;
-        let begun = self.begin(sandbox, order, claim).await?;
-        if wait {
+        let begun = self.begin(sandbox, order).await?;
+        if begun.order.wait {
             return self.finish(begun).await;
         }
         let answer = SnapshotInfo {
             status: SnapshotStatus::Writing,
-            branched_from: Some(begun.source.to_string()),
+            branched_from: Some(sandbox.id.to_string()),
             pause_ms: Some(begun.writer.pause_us / 1000),
             stages: Some(begun.writer.stages.clone()),
             ..snapshots::unusable(&begun.order.tag, begun.staged.path(), None)
@@ -171,128 +180,87 @@ impl Brancher {
                 let info = SnapshotInfo { status: SnapshotStatus::Failed, warning, stages: None, ..failed };
                 brancher.failed.lock().insert(tag, info);
             }
+            // Not before its outcome can be seen.
+            drop(claim);
         });
         Ok(answer)
     }
 
     /// Forks the writer; the sandbox runs again when this returns.
-    async fn begin(&self, sandbox: &Arc<Sandbox>, order: Order, claim: Claim) -> NodeResult<Begun> {
+    async fn begin(&self, sandbox: &Arc<Sandbox>, order: Order) -> NodeResult<Begun> {
         let began = Instant::now();
         let _turn = sandbox.turn.lock().await;
         let running = sandbox.running()?;
-        let (staged, chain) = self.stage(sandbox, &order.tag).await?;
+        let Staged { staged, chain, over } = self.stage(sandbox, &order).await?;
         let contents =
             if layer_count(&chain) < LAYERS_LIMIT || order.layered { Contents::Changes } else { Contents::Whole };
         if order.sync {
             let failed = |source| NodeError::Guest { what: "sync", id: sandbox.id.clone(), source };
             sandbox.guest()?.sync(SYNC_LIMIT).await.map_err(failed)?;
         }
-        let memory_file = snapshots::directory(&self.host.store, &order.tag).join(MEMORY_LAYER);
-        sandbox.note_branch(&self.host, memory_file.display().to_string());
         let failed = |source| NodeError::Monitor { what: "take a snapshot", id: sandbox.id.clone(), source };
         let disks = sandbox.origin.disks;
         let writer =
             SnapshotWriter::fork(&self.host, &running.control, disks, &staged, contents).await.map_err(failed)?;
-        Ok(Begun { order, source: sandbox.id.clone(), chain, contents, staged, claim, writer, began })
+        Ok(Begun { order, source: Arc::clone(sandbox), chain, over, contents, staged, writer, began })
     }
 
-    /// A place for the snapshot `tag`, and the snapshots that `sandbox` changes.
-    async fn stage(&self, sandbox: &Sandbox, tag: &Tag) -> NodeResult<(StagedSnapshot, Vec<Snapshot>)> {
-        let (store, own, origin) = (self.host.store.clone(), tag.clone(), sandbox.origin.clone());
+    /// A place for the snapshot, and the snapshots that `sandbox` changes.
+    async fn stage(&self, sandbox: &Sandbox, order: &Order) -> NodeResult<Staged> {
+        let (store, tag, origin) = (self.host.store.clone(), order.tag.clone(), sandbox.origin.snapshot());
+        // Other than the origin after a rewind to a checkpoint on disk.
+        let (base, layered) = (sandbox.base(), order.layered);
         let staging = blocking("staging a snapshot", move || {
-            let staged = store.stage(&own)?;
-            // Another snapshot may have the tag by now: what the sandbox changes is known by its digest.
-            let chain = store.chain(&origin.snapshot_tag).ok();
-            let same = |chain: &Vec<Snapshot>| chain.last().map(|newest| newest.digest) == origin.snapshot_digest;
-            Ok::<_, StoreError>((staged, chain.filter(same)))
+            let staged = store.stage(&tag)?;
+            let find = |base: Option<&Base>| base.map(|base| chain_of(&store, base)).transpose().map(Option::flatten);
+            let over = if layered { Some(find(origin.as_ref())?) } else { None };
+            Ok::<_, StoreError>((staged, find(base.as_ref())?, over))
         });
-        match staging.await?? {
-            (staged, Some(chain)) => Ok((staged, chain)),
-            (_, None) => {
-                let (id, tag) = (&sandbox.id, sandbox.origin.snapshot_tag.clone());
-                let reason = format!("sandbox {id} was forked from it, and it was removed or replaced since");
-                Err(NodeError::SnapshotNotReady { tag, reason })
-            }
+        let (id, tag) = (&sandbox.id, &sandbox.origin.snapshot_tag);
+        let gone = || {
+            let reason = format!("sandbox {id} was forked from it, and it was removed or replaced since");
+            NodeError::SnapshotNotReady { tag: tag.clone(), reason }
+        };
+        let (staged, chain, over) = staging.await??;
+        let chain = chain.ok_or_else(gone)?;
+        let over = over.map(|over| over.ok_or_else(gone)).transpose()?;
+        if over.as_ref().is_some_and(|over| !lies_over(&chain, over)) {
+            let rule = "leave it out: the sandbox was rewound to a checkpoint on disk that has all of its memory";
+            return Err(NodeError::BadField { field: "parent_tag", value: tag.to_string(), rule });
         }
+        Ok(Staged { staged, chain, over })
     }
 
     /// Waits for the writer and publishes what it wrote.
     async fn finish(&self, begun: Begun) -> NodeResult<SnapshotInfo> {
-        let Begun { order, source, chain, contents, staged, claim, writer, began } = begun;
-        let failed = |reason: String| NodeError::Branch { tag: order.tag.clone(), reason };
-        let (pause_us, mut stages) = (writer.pause_us, writer.stages.clone());
-        let (facts, writing) = writer.finish(&self.host).await.map_err(failed)?;
-        for stage in &writing.0 {
-            stages.record(&format!("write.{}", stage.name), Duration::from_micros(stage.us));
-        }
-        let (store, tag, since) = (self.host.store.clone(), order.tag.clone(), Instant::now());
-        let publishing = blocking("publishing a snapshot", move || {
-            let mut staged = staged;
+        let Begun { order, source, chain, over, contents, staged, writer, began } = begun;
+        let (tag, pause_us, mut stages) = (order.tag.clone(), writer.pause_us, writer.stages.clone());
+        let branched_from = Some(source.id.to_string());
+        let describe = move |staged: &mut StagedSnapshot, written: &Written| {
             let newest = chain.last().expect("a chain ends in its snapshot");
-            let mut meta = describe(&order.tag, &facts, &newest.meta, staged.vmstate_bytes()?);
-            meta.branched_from = Some(source.to_string());
-            meta.pause_us = Some(pause_us);
+            let mut meta = describe(&order.tag, &written.facts, &newest.meta, staged.vmstate_bytes()?);
+            (meta.branched_from, meta.pause_us) = (branched_from, Some(pause_us));
             if order.measure {
-                let bytes = PageCount(facts.memory_pages).bytes();
-                meta.diff = Some(DiffFacts { us: writing.total().as_micros() as u64, bytes });
+                let bytes = PageCount(written.facts.memory_pages).bytes();
+                meta.diff = Some(DiffFacts { us: written.stages.total().as_micros() as u64, bytes });
             }
-            if order.layered {
-                meta.parent = Some(ParentRef { tag: newest.meta.tag.clone(), digest: newest.digest });
-            } else if contents == Contents::Changes {
-                adopt_layers(&mut staged, &mut meta, &chain)?;
+            match over {
+                Some(over) => {
+                    let newest = over.last().expect("a chain ends in its snapshot");
+                    meta.parent = Some(ParentRef { tag: newest.meta.tag.clone(), digest: newest.digest });
+                    adopt_layers(staged, &mut meta, &chain, &over)?;
+                }
+                None if contents == Contents::Changes => adopt_layers(staged, &mut meta, &chain, &[])?,
+                None => {}
             }
-            let snapshot = store.publish(staged, meta, false)?;
-            let stored = snapshots::stored_bytes(&snapshot.dir);
-            Ok::<_, StoreError>(snapshots::ready_info(&snapshot, Some(stored)))
-        });
-        let published = publishing.await?;
-        drop(claim);
-        stages.record("publish", since.elapsed());
-        let info = published.map_err(|error| match error {
-            exists @ StoreError::AlreadyExists { .. } => exists.into(),
-            other => NodeError::Branch { tag: tag.clone(), reason: with_causes(&other) },
-        })?;
-        self.zygotes.discard(&tag);
+            Ok(meta)
+        };
+        let info = self.complete(&tag, writer, staged, order.replace, describe).await?;
+        source.note_branch(&self.host, Path::new(&info.dir).join(MEMORY_LAYER).display().to_string());
+        stages.0.extend(info.stages.into_iter().flat_map(|written| written.0));
         tracing::info!(%tag, pause_us, took_ms = began.elapsed().as_millis() as u64, "took a snapshot");
         Ok(SnapshotInfo { stages: Some(stages), ..info })
     }
-}
-
-/// How many layers of memory a chain has in all.
-fn layer_count(chain: &[Snapshot]) -> usize {
-    chain.iter().map(|snapshot| snapshot.meta.memory_layers.len()).sum()
-}
-
-/// The description of a snapshot with the disks and the past of `origin`, as yet without layers below its own.
-pub(crate) fn describe(tag: &Tag, facts: &SnapshotFacts, origin: &SnapshotMeta, vmstate_bytes: u64) -> SnapshotMeta {
-    let bases: Vec<_> = origin.disks.iter().map(|disk| (disk.base, disk.logical_bytes)).collect();
-    let mut meta = SnapshotMeta::new(tag.clone(), unix_now(), facts, vmstate_bytes, &bases, origin.boot.clone());
-    meta.warm.clone_from(&origin.warm);
-    meta.memory_backing = origin.memory_backing;
-    meta
-}
-
-/// Makes every layer of `chain` a file of the staged snapshot too, below its own.
-fn adopt_layers(staged: &mut StagedSnapshot, meta: &mut SnapshotMeta, chain: &[Snapshot]) -> Result<(), StoreError> {
-    let mut below = Vec::new();
-    for (snapshot, layer) in chain.iter().flat_map(|s| s.meta.memory_layers.iter().map(move |layer| (s, layer))) {
-        let file = format!("memory-{}.layer", below.len());
-        staged.link(&snapshot.dir.join(&layer.file), &file)?;
-        below.push(MemoryLayer { file, ..layer.clone() });
-    }
-    meta.memory_layers.splice(..0, below);
-    for (index, disk) in meta.disks.iter_mut().enumerate() {
-        let mut below = Vec::new();
-        for snapshot in chain {
-            for layer in snapshot.meta.disks.get(index).map(|disk| disk.layers.as_slice()).unwrap_or_default() {
-                let file = format!("disk-{index}-{}.layer", below.len());
-                staged.link(&snapshot.dir.join(&layer.file), &file)?;
-                below.push(DiskLayer { file, ..layer.clone() });
-            }
-        }
-        disk.layers.splice(..0, below);
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -1,15 +1,16 @@
 //! From a snapshot over others to an equal one that depends on none, in one layer.
 
 use forkd_proto::monitor::Contents;
-use forkd_store::StoreError;
+use forkd_store::{StagedSnapshot, StoreError};
 use forkd_types::Tag;
 use forkd_types::rest::SnapshotInfo;
 
-use crate::branch::{Brancher, describe};
-use crate::error::{NodeError, NodeResult, with_causes};
+use crate::branch::Brancher;
+use crate::error::{NodeError, NodeResult};
 use crate::host::blocking;
+use crate::lineage::describe;
+use crate::publication::Written;
 use crate::snapshot_writer::SnapshotWriter;
-use crate::snapshots;
 use crate::zygotes::ZygoteKey;
 
 impl Brancher {
@@ -30,23 +31,16 @@ impl Brancher {
         });
         let (source, staged) = found.await??;
         let zygote = self.zygotes.lease(&ZygoteKey { tag: from.clone(), huge_pages: false }).await?;
-        let failed = |reason: String| NodeError::Branch { tag: to.clone(), reason };
         let writer = SnapshotWriter::fork(&self.host, &zygote.control, 0, &staged, Contents::Whole).await;
-        let writer = writer.map_err(|error| failed(error.to_string()))?;
-        let (facts, _) = writer.finish(&self.host).await.map_err(failed)?;
-        let (store, tag) = (self.host.store.clone(), to.clone());
-        let publishing = blocking("publishing a snapshot", move || {
-            let mut meta = describe(&tag, &facts, &source.meta, staged.vmstate_bytes()?);
+        let writer = writer.map_err(|error| NodeError::Branch { tag: to.clone(), reason: error.to_string() })?;
+        let describe = move |staged: &mut StagedSnapshot, written: &Written| {
+            let mut meta = describe(staged.tag(), &written.facts, &source.meta, staged.vmstate_bytes()?);
             meta.branched_from = Some(format!("compact:{}", source.meta.tag));
-            let snapshot = store.publish(staged, meta, false)?;
-            let stored = snapshots::stored_bytes(&snapshot.dir);
-            Ok::<_, StoreError>(snapshots::ready_info(&snapshot, Some(stored)))
-        });
-        let published = publishing.await?;
+            Ok(meta)
+        };
+        let info = self.complete(to, writer, staged, false, describe).await?;
         drop(claim);
-        published.map_err(|error| match error {
-            exists @ StoreError::AlreadyExists { .. } => exists.into(),
-            other => failed(with_causes(&other)),
-        })
+        self.failed.forget(to);
+        Ok(SnapshotInfo { stages: None, ..info })
     }
 }

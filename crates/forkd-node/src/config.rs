@@ -30,6 +30,8 @@ pub struct NodeConfig {
     pub snapshot_deadline: Duration,
     /// The most bytes of output that a buffered `exec` collects.
     pub exec_output_limit: usize,
+    /// How much memory checkpoints may take together before the oldest go to disk.
+    pub checkpoint_memory_bytes: u64,
 }
 
 /// A setting that cannot work.
@@ -83,6 +85,7 @@ impl NodeConfig {
             keep_stopped: Duration::from_secs(3600),
             snapshot_deadline: Duration::from_secs(1800),
             exec_output_limit: 64 << 20,
+            checkpoint_memory_bytes: default_checkpoint_memory(),
         })
     }
 }
@@ -91,6 +94,12 @@ impl NodeConfig {
 /// down, until each misses its deadline.
 fn default_concurrency() -> usize {
     4 * std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// A quarter of the host's memory.
+fn default_checkpoint_memory() -> u64 {
+    let memory = rustix::system::sysinfo();
+    memory.totalram as u64 * u64::from(memory.mem_unit) / 4
 }
 
 fn absolute(path: &Path) -> Result<PathBuf, NodeConfigError> {

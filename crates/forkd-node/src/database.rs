@@ -5,6 +5,8 @@
 //! per commit: a crash of the daemon loses nothing; a crash of the host may lose the last commits,
 //! and with them sandboxes that ended in the same instant.
 
+pub(crate) mod checkpoints;
+
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::thread::JoinHandle;
@@ -64,7 +66,7 @@ pub enum DatabaseError {
 }
 
 /// The schema version that this code writes.
-const CURRENT: u32 = 2;
+const CURRENT: u32 = 4;
 
 /// Step N brings a database of version N to version N + 1.
 const MIGRATIONS: [&str; CURRENT as usize] = [
@@ -99,6 +101,38 @@ ALTER TABLE sandbox ADD COLUMN forked_from TEXT;
 ALTER TABLE sandbox ADD COLUMN branches INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE sandbox ADD COLUMN last_branch TEXT;
 ",
+    "
+-- See `working_set`. A cache: nothing is lost with a row but time.
+CREATE TABLE working_set (
+    snapshot_digest TEXT PRIMARY KEY,
+    snapshot_tag    TEXT NOT NULL,
+    runs            TEXT NOT NULL
+) STRICT;
+",
+    "
+-- What a sandbox that was rewound to a checkpoint on disk changes since.
+ALTER TABLE sandbox ADD COLUMN base_tag TEXT;
+ALTER TABLE sandbox ADD COLUMN base_digest TEXT;
+ALTER TABLE sandbox ADD COLUMN auto_checkpoint INTEGER NOT NULL DEFAULT 0;
+-- Each is in a process or in a snapshot.
+CREATE TABLE checkpoint (
+    serial          INTEGER PRIMARY KEY,
+    sandbox         TEXT NOT NULL,
+    name            TEXT NOT NULL,
+    created_at_unix INTEGER NOT NULL,
+    pause_us        INTEGER NOT NULL,
+    disks           INTEGER NOT NULL,
+    automatic       INTEGER NOT NULL,
+    base_tag        TEXT,
+    base_digest     TEXT,
+    pid             INTEGER,
+    pid_started     INTEGER,
+    process_name    TEXT,
+    disk_tag        TEXT,
+    disk_digest     TEXT,
+    UNIQUE (sandbox, name)
+) STRICT;
+",
 ];
 
 /// Where a recorded sandbox is in its life; see [`crate::sandbox`].
@@ -117,6 +151,13 @@ pub(crate) enum RecordState {
     },
 }
 
+/// A snapshot that memory and disks of a machine are changes of, by its tag and the digest of its description.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct Base {
+    pub(crate) tag: Tag,
+    pub(crate) digest: Digest,
+}
+
 /// What a sandbox came from; equal for all that one request made.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) struct Origin {
@@ -129,6 +170,22 @@ pub(crate) struct Origin {
     pub(crate) created_at_unix: u64,
     pub(crate) memory_limit_mib: Option<u64>,
     pub(crate) disks: usize,
+    /// What it changes, if that is not the snapshot itself: a checkpoint on disk.
+    pub(crate) base: Option<Base>,
+    /// Whether a checkpoint is taken before every program that is run in it.
+    pub(crate) auto_checkpoint: bool,
+}
+
+impl Origin {
+    /// The snapshot itself; unknown which one of its tag when an earlier release made the sandbox.
+    pub(crate) fn snapshot(&self) -> Option<Base> {
+        self.snapshot_digest.map(|digest| Base { tag: self.snapshot_tag.clone(), digest })
+    }
+
+    /// What the sandbox changed when it began; unknown when an earlier release made it.
+    pub(crate) fn base(&self) -> Option<Base> {
+        self.base.clone().or_else(|| self.snapshot())
+    }
 }
 
 /// The snapshots that were taken of a sandbox.
@@ -195,8 +252,8 @@ impl Database {
             )?;
             let mut insert = db.prepare_cached(
                 "INSERT INTO sandbox (id, snapshot_tag, snapshot_digest, forked_from, state, created_at_unix,
-                                      memory_limit_mib, disks)
-                 VALUES (?1, ?2, ?3, ?4, 'starting', ?5, ?6, ?7)",
+                                      memory_limit_mib, disks, base_tag, base_digest, auto_checkpoint)
+                 VALUES (?1, ?2, ?3, ?4, 'starting', ?5, ?6, ?7, ?8, ?9, ?10)",
             )?;
             (first..first + u64::from(count))
                 .map(|sequence| {
@@ -208,7 +265,10 @@ impl Database {
                         origin.forked_from.as_ref().map(SandboxId::as_str),
                         origin.created_at_unix,
                         origin.memory_limit_mib,
-                        origin.disks
+                        origin.disks,
+                        origin.base.as_ref().map(|base| base.tag.as_str()),
+                        origin.base.as_ref().map(|base| base.digest.to_string()),
+                        origin.auto_checkpoint,
                     ])?;
                     Ok(id)
                 })
@@ -239,6 +299,20 @@ impl Database {
             Ok(())
         })
         .await
+    }
+
+    /// Records what a sandbox changes from now on; does not wait.
+    pub(crate) fn note_base(&self, id: SandboxId, base: Option<Base>) {
+        self.post("note what a sandbox changes", move |db| {
+            db.execute(
+                "UPDATE sandbox SET base_tag = ?2, base_digest = ?3 WHERE id = ?1",
+                params![
+                    id.as_str(),
+                    base.as_ref().map(|base| base.tag.as_str()),
+                    base.as_ref().map(|base| base.digest.to_string())
+                ],
+            )
+        });
     }
 
     /// Marks a sandbox as stopped by itself; does not wait.
@@ -286,6 +360,34 @@ impl Database {
         self.post("forget a monitor", move |db| {
             db.execute("DELETE FROM helper WHERE pid = ?1 AND pid_started = ?2", params![process.pid, process.started])
         });
+    }
+
+    /// Records the working set of a snapshot; does not wait.
+    pub(crate) fn note_working_set(&self, snapshot: Digest, tag: Tag, runs: String) {
+        self.post("note a working set", move |db| {
+            db.execute(
+                "INSERT OR REPLACE INTO working_set VALUES (?1, ?2, ?3)",
+                params![snapshot.to_string(), tag.as_str(), runs],
+            )
+        });
+    }
+
+    /// Forgets the working sets of every snapshot that was called `tag`; does not wait.
+    pub(crate) fn forget_working_set(&self, tag: Tag) {
+        self.post("forget a working set", move |db| {
+            db.execute("DELETE FROM working_set WHERE snapshot_tag = ?1", [tag.as_str()])
+        });
+    }
+
+    /// The working set of a snapshot, if it was recorded.
+    pub(crate) async fn working_set(&self, snapshot: Digest) -> Result<Option<String>, DatabaseError> {
+        self.call("read a working set", move |db| {
+            db.query_row("SELECT runs FROM working_set WHERE snapshot_digest = ?1", [snapshot.to_string()], |row| {
+                row.get(0)
+            })
+            .optional()
+        })
+        .await
     }
 
     /// All recorded sandboxes, by id.
@@ -448,6 +550,8 @@ fn record_from(row: &Row<'_>) -> rusqlite::Result<Result<Record, String>> {
         created_at_unix: row.get("created_at_unix")?,
         memory_limit_mib: row.get("memory_limit_mib")?,
         disks: row.get("disks")?,
+        base: checkpoints::base_from(row, "base_tag", "base_digest")?,
+        auto_checkpoint: row.get("auto_checkpoint")?,
     };
     let branches = Branches { count: row.get("branches")?, last: optional("last_branch")? };
     Ok(Ok(Record { id, origin, state, branches, process }))
@@ -465,6 +569,8 @@ mod tests {
             created_at_unix: at,
             memory_limit_mib: Some(256),
             disks: 1,
+            base: Some(Base { tag: "cp".parse().expect("legal tag"), digest: Digest::from_bytes([8; 32]) }),
+            auto_checkpoint: true,
         }
     }
 
@@ -533,6 +639,21 @@ mod tests {
         assert!(!db.host_rebooted("a".to_owned()).await.expect("first start"));
         assert!(!db.host_rebooted("a".to_owned()).await.expect("same boot"));
         assert!(db.host_rebooted("b".to_owned()).await.expect("another boot"));
+    }
+
+    #[tokio::test]
+    async fn working_sets_go_with_their_tag() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let db = Database::open(&dir.path().join("forkd.db")).expect("open");
+        let tag = |name: &str| name.parse().expect("legal tag");
+        let digest = |byte| Digest::from_bytes([byte; 32]);
+        db.note_working_set(digest(1), tag("py"), "old".to_owned());
+        db.note_working_set(digest(1), tag("py"), "new".to_owned());
+        db.note_working_set(digest(2), tag("web"), "other".to_owned());
+        assert_eq!(db.working_set(digest(1)).await.expect("read").as_deref(), Some("new"));
+        db.forget_working_set(tag("py"));
+        assert_eq!(db.working_set(digest(1)).await.expect("read"), None);
+        assert_eq!(db.working_set(digest(2)).await.expect("read").as_deref(), Some("other"));
     }
 
     #[tokio::test]

@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use forkd_store::StoreError;
+use forkd_store::pack::PackError;
 use forkd_types::rest::SPAWN_LIMIT;
 use forkd_types::{Digest, SandboxId, Tag, TagError};
 
@@ -117,6 +118,16 @@ pub enum NodeError {
         /// The name.
         name: String,
     },
+    /// A snapshot that a sandbox may be brought back to.
+    #[error(
+        "snapshot {tag} is a checkpoint of sandbox {id} and goes with it; `forkd checkpoints {id} --remove NAME` removes one"
+    )]
+    IsCheckpoint {
+        /// The tag.
+        tag: Tag,
+        /// The sandbox.
+        id: String,
+    },
     /// A sandbox could not be brought back to a checkpoint; it is as it was.
     #[error("cannot rewind sandbox {id} to {name}: {reason}")]
     Rewind {
@@ -165,6 +176,9 @@ pub enum NodeError {
         /// Why.
         source: MonitorError,
     },
+    /// A pack was not written or not taken in.
+    #[error(transparent)]
+    Pack(PackError),
     /// The snapshot store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -215,6 +229,7 @@ impl NodeError {
             Self::Branch { .. } => "branch_failed",
             Self::CheckpointNotFound { .. } => "checkpoint_not_found",
             Self::CheckpointExists { .. } => "checkpoint_exists",
+            Self::IsCheckpoint { .. } => "is_checkpoint",
             Self::Rewind { .. } => "rewind_failed",
             Self::Zygote { .. } => "zygote_failed",
             Self::AllFailed { .. } => "spawn_failed",
@@ -222,6 +237,7 @@ impl NodeError {
             Self::Guest { source: GuestError::TimedOut { .. }, .. } => "guest_timed_out",
             Self::Guest { .. } => "guest_failed",
             Self::Monitor { .. } => "monitor_failed",
+            Self::Pack(error) => error.code(),
             Self::Store(error) => error.code(),
             Self::Launch(_) => "monitor_not_started",
             Self::Database(_) => "state_database",

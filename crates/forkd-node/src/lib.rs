@@ -20,7 +20,9 @@
 //! | `frozen` | copies of running machines that hold still |
 //! | `checkpoints` | frozen copies that a sandbox can be brought back to |
 //! | `branch`, `compact` | snapshots of running sandboxes, and of snapshots |
+//! | `packs` | snapshots that leave for and come from elsewhere |
 //! | `snapshot_writer` | the process that writes a snapshot's files |
+//! | `working_set` | which pages a zygote has read ahead |
 //! | `guest` | requests to the agent in a guest |
 //! | `run_files` | sockets, consoles and scratch files |
 //! | `database` | what must outlive this process |
@@ -43,20 +45,25 @@ mod frozen;
 mod guest;
 mod host;
 mod launch;
+mod lineage;
 mod memory;
 mod node;
+mod packs;
 mod process;
+mod publication;
 mod run_files;
 mod sandbox;
 mod snapshot_writer;
 mod snapshots;
 mod spawn;
+mod working_set;
 mod zygotes;
 
 pub use config::{NodeConfig, NodeConfigError};
 pub use control::MonitorError;
 pub use database::DatabaseError;
 pub use error::{NodeError, NodeResult};
+pub use forkd_store::pack::{DEFAULT_LEVEL, KeyError, Pack, PackError, PackOptions, UnpackOptions, VerifyingKey};
 pub use guest::{GuestConnection, GuestError};
 pub use launch::LaunchError;
 pub use node::{BlobUpload, Node, NodeGauges};

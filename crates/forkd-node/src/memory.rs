@@ -7,7 +7,8 @@ use std::io;
 pub(crate) struct ProcessMemory {
     /// Proportional set size.
     pub(crate) pss: u64,
-    /// Pages that nobody else maps.
+    /// Pages that it has written and nobody else maps. Clean pages of a file are not among them, even where
+    /// nobody else maps them: they are the page cache's, and so the image's.
     pub(crate) private: u64,
     /// Page tables.
     pub(crate) page_tables: u64,
@@ -35,7 +36,7 @@ pub(crate) fn free_huge_page_bytes() -> u64 {
 fn parse(rollup: &str, status: &str) -> Option<ProcessMemory> {
     Some(ProcessMemory {
         pss: kib(rollup, "Pss:")?,
-        private: kib(rollup, "Private_Clean:")? + kib(rollup, "Private_Dirty:")?,
+        private: kib(rollup, "Private_Dirty:")? + kib(rollup, "Private_Hugetlb:")?,
         page_tables: kib(status, "VmPTE:")?,
     })
 }
@@ -54,9 +55,9 @@ mod tests {
     #[test]
     fn sizes_are_found_by_their_whole_key() {
         let rollup = "5-7 ---p 0 0:0 0 [rollup]\nRss: 9 kB\nPss:       20 kB\nPss_Dirty: 1 kB\n\
-                      Private_Clean:  3 kB\nPrivate_Dirty: 4 kB\n";
+                      Private_Clean:  3 kB\nPrivate_Dirty: 4 kB\nPrivate_Hugetlb: 2 kB\n";
         let got = parse(rollup, "Name:\tx\nVmPTE:\t     60 kB\n");
-        assert_eq!(got, Some(ProcessMemory { pss: 20 << 10, private: 7 << 10, page_tables: 60 << 10 }));
+        assert_eq!(got, Some(ProcessMemory { pss: 20 << 10, private: 6 << 10, page_tables: 60 << 10 }));
         assert_eq!(parse(rollup, ""), None);
     }
 

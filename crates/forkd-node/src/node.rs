@@ -1,16 +1,18 @@
 //! The operations that a node offers.
 
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use forkd_proto::agent::{Eval, Evaluated, Exec, Pong};
 use forkd_proto::monitor::Command;
+use forkd_store::pack::{Pack, PackOptions, UnpackOptions};
 use forkd_store::{BlobWriter, Listed, Store, StoreError};
 use forkd_types::rest::{
     BakeEvent, BakeRequest, BranchRequest, CheckpointInfo, CheckpointRequest, EvalRequest, EvalResponse, ExecRequest,
     ExecResponse, ForkRequest, RewindRequest, SandboxInfo, SandboxMemory, SnapshotInfo, SpawnReport, SpawnRequest,
+    UnpackReport,
 };
 use forkd_types::{Digest, PageCount, SandboxId, Tag};
 use rustix::process::{Resource, Rlimit};
@@ -79,15 +81,16 @@ impl Node {
         let host = blocking("opening the state directory", move || open_host(config)).await??;
         let host = Arc::new(host);
         let roster = Roster::new(Arc::clone(&host));
-        adoption::adopt_all(&host, &roster).await?;
         let zygotes = Arc::new(Zygotes::new(Arc::clone(&host)));
-        let checkpoints = Arc::new(Checkpoints::new(Arc::clone(&host), Arc::clone(&roster)));
         let brancher = Brancher {
             host: Arc::clone(&host),
             zygotes: Arc::clone(&zygotes),
             claims: Claims::default(),
             failed: FailedBranches::default(),
         };
+        let checkpoints = Arc::new(Checkpoints::new(Arc::clone(&host), Arc::clone(&roster), brancher.clone()));
+        adoption::adopt_all(&host, &roster, &checkpoints).await?;
+        checkpoints.sweep().await;
         let tidying =
             tokio::spawn(tidy(Arc::clone(&host), Arc::clone(&zygotes), Arc::clone(&roster), Arc::clone(&checkpoints)));
         Ok(Self { host, zygotes, roster, checkpoints, brancher, _tidying: Arc::new(AbortOnDrop(tidying)) })
@@ -148,7 +151,7 @@ impl Node {
 
     /// Writes a snapshot anew as one that depends on no other.
     pub async fn compact(&self, from: &Tag, to: &Tag) -> NodeResult<SnapshotInfo> {
-        self.brancher.compact(from, to).await
+        self.brancher.compact(from, to).await.map_err(|error| self.explain_unready(error))
     }
 
     /// Freezes a sandbox as it is now.
@@ -199,6 +202,7 @@ impl Node {
         let ExecRequest { args, timeout_secs, env, cwd, user, stdin } = request;
         let timeout = Duration::from_secs(timeout_secs);
         let timeout_ms = Some(timeout_secs.saturating_mul(1000));
+        self.checkpoints.take_automatically(&sandbox).await?;
         let exec = Exec { args, env, cwd, user, timeout_ms, ..Exec::default() };
         let (limit, output_limit) = (timeout.saturating_add(ANSWER_GRACE), self.host.config.exec_output_limit);
         match sandbox.guest()?.exec(exec, stdin.as_deref(), output_limit, limit).await {
@@ -222,6 +226,7 @@ impl Node {
         let timeout_ms = Some(request.timeout_secs.saturating_mul(1000));
         let eval = Eval { language: request.language, code: request.code, timeout_ms };
         let limit = Duration::from_secs(request.timeout_secs).saturating_add(ANSWER_GRACE);
+        self.checkpoints.take_automatically(&sandbox).await?;
         match sandbox.guest()?.eval(eval, limit).await {
             Ok(Evaluated { result, error, stdout, .. }) => {
                 let exit_code = i32::from(error.is_some());
@@ -244,9 +249,13 @@ impl Node {
         }
     }
 
-    /// A connection to a sandbox's agent, for one request of the agent's own protocol.
-    pub async fn agent(&self, id: &SandboxId) -> NodeResult<GuestConnection> {
+    /// A connection to a sandbox's agent, for one request of the agent's own protocol; `to_exec` says that the
+    /// request will be to run something.
+    pub async fn agent(&self, id: &SandboxId, to_exec: bool) -> NodeResult<GuestConnection> {
         let sandbox = self.roster.get(id)?;
+        if to_exec {
+            self.checkpoints.take_automatically(&sandbox).await?;
+        }
         match sandbox.guest()?.connect().await {
             Ok(connection) => Ok(connection),
             Err(source) => Err(explain_loss(&sandbox, "agent connection", source).await),
@@ -284,7 +293,9 @@ impl Node {
         let store = self.host.store.clone();
         let mut failed = self.brancher.failed.all();
         blocking("listing snapshots", move || {
-            let mut all: Vec<_> = store.list()?.iter().map(|listed| snapshots::info(&store, listed)).collect();
+            let mut listed = store.list()?;
+            listed.retain(|listed| !snapshots::is_checkpoint(listed));
+            let mut all: Vec<_> = listed.iter().map(|listed| snapshots::info(&store, listed)).collect();
             failed.retain(|info| all.iter().all(|there| there.tag != info.tag));
             all.extend(failed);
             all.sort_by(|one, other| one.tag.cmp(&other.tag));
@@ -302,33 +313,30 @@ impl Node {
 
     /// Removes a snapshot. Sandboxes that were forked from it live on.
     pub async fn remove_snapshot(&self, tag: &Tag, removal: Removal) -> NodeResult<()> {
+        let (store, own) = (self.host.store.clone(), tag.clone());
+        let checkpoint_of = blocking("reading a snapshot", move || store.get(&own).ok()?.meta.checkpoint_of).await?;
+        if let Some(id) = checkpoint_of {
+            return Err(NodeError::IsCheckpoint { tag: tag.clone(), id });
+        }
         let was_failed = self.brancher.failed.forget(tag);
         let (store, own) = (self.host.store.clone(), tag.clone());
-        let removed = blocking("removing a snapshot", move || {
+        let (removed, outcome) = blocking("removing a snapshot", move || {
             let mut removed = Vec::new();
-            let doomed = match removal {
-                Removal::Guarded | Removal::Forced => Vec::new(),
-                Removal::Cascade => store.descendants(&own)?,
-            };
-            for tag in doomed.into_iter().chain([own]) {
-                let done = match removal {
-                    Removal::Forced => store.remove_forced(&tag).map(drop),
-                    Removal::Guarded | Removal::Cascade => store.remove(&tag),
-                };
-                match done {
-                    // All there was of it is the memory of its failure, which is gone now.
-                    Err(StoreError::NotFound { .. }) if was_failed => {}
-                    done => done?,
-                }
-                removed.push(tag);
-            }
-            Ok::<_, StoreError>(removed)
+            let outcome = snapshots::remove(&store, own, removal, |tag| removed.push(tag));
+            (removed, outcome)
         })
-        .await??;
-        for tag in removed {
-            self.zygotes.discard(&tag);
+        .await?;
+        for tag in &removed {
+            self.zygotes.discard(tag);
         }
-        Ok(())
+        match outcome {
+            // All there was of it is the memory of its failure, which is gone now.
+            Err(StoreError::NotFound { .. }) if was_failed => Ok(()),
+            Err(StoreError::NotFound { tag }) if self.brancher.claims.has(&tag) => {
+                Err(NodeError::SnapshotInProgress { tag })
+            }
+            outcome => Ok(outcome?),
+        }
     }
 
     /// Recomputes every digest of a snapshot, telling `progress`. The last line is `Done` or `Failed`.
@@ -343,6 +351,17 @@ impl Node {
         blocking("reading a snapshot", move || store.get(&own).map(drop))
             .await?
             .map_err(|error| self.explain_unready(error.into()))
+    }
+
+    /// Opens and hashes what a pack of a snapshot holds; writing it blocks on the file system.
+    pub async fn pack(&self, tag: &Tag, options: PackOptions) -> NodeResult<Pack> {
+        self.brancher.pack(tag, options).await.map_err(|error| self.explain_unready(error))
+    }
+
+    /// Takes in the pack that `source` gives, which may block. Either all of it is there at the end or nothing that
+    /// was not there before.
+    pub async fn unpack(&self, source: impl Read + Send + 'static, options: UnpackOptions) -> NodeResult<UnpackReport> {
+        self.brancher.unpack(source, options).await
     }
 
     /// Size of the blob of this digest, if it is in the store.
@@ -450,6 +469,8 @@ async fn tidy(host: Arc<Host>, zygotes: Arc<Zygotes>, roster: Arc<Roster>, check
         zygotes.retire_idle();
         roster.forget_stopped();
         checkpoints.forget_orphans();
+        checkpoints.trim();
+        checkpoints.sweep().await;
         let consoles: Vec<_> = roster.all().iter().map(|sandbox| host.files.console(sandbox.id.as_str())).collect();
         let cut = blocking("looking at consoles", move || {
             for path in consoles {
@@ -469,7 +490,7 @@ async fn tidy(host: Arc<Host>, zygotes: Arc<Zygotes>, roster: Arc<Roster>, check
 fn verify(store: &Store, tag: &Tag, progress: &mpsc::Sender<VerifyProgress>) {
     let report = store.verify(
         tag,
-        |path| forkd_memory::layer::verify(path, |_| {}),
+        |path| forkd_memory::layer::verify(path, |_| {}).map_err(|error| crate::error::with_causes(&error)),
         |now| {
             // A reader that has gone away, or is slow, does not hold the verification up.
             let _ = progress.try_send(VerifyProgress::Checking {

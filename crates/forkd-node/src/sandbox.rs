@@ -22,7 +22,7 @@ use forkd_types::rest::{GUEST_ADDR, SandboxInfo};
 
 use crate::checkpoints::rewinding_name;
 use crate::control::Control;
-use crate::database::{Branches, Origin};
+use crate::database::{Base, Branches, Origin};
 use crate::error::{NodeError, NodeResult};
 use crate::guest::Guest;
 use crate::host::{Host, unix_now};
@@ -50,6 +50,8 @@ pub(crate) struct Sandbox {
     pub(crate) id: SandboxId,
     pub(crate) origin: Origin,
     branches: Mutex<Branches>,
+    /// What its memory and disks are changes of.
+    base: Mutex<Option<Base>>,
     guest: Guest,
     condition: Mutex<Condition>,
     /// Held by what replaces or copies the machine, so that only one such thing is done at a time.
@@ -65,8 +67,8 @@ impl Sandbox {
     fn new(host: &Host, about: About, condition: Condition) -> Arc<Self> {
         let guest = Guest::behind(host.files.vsock(about.id.as_str()));
         let About { id, origin, branches } = about;
-        let (branches, condition) = (branches.into(), condition.into());
-        Arc::new(Self { id, origin, branches, guest, condition, turn: tokio::sync::Mutex::default() })
+        let (branches, base, condition) = (branches.into(), origin.base().into(), condition.into());
+        Arc::new(Self { id, origin, branches, base, guest, condition, turn: tokio::sync::Mutex::default() })
     }
 
     /// Its live part.
@@ -109,12 +111,17 @@ impl Sandbox {
         }
     }
 
-    /// Notes that a snapshot of it, with this memory file, was tried.
+    /// Notes that a snapshot of it, with this memory file, was taken.
     pub(crate) fn note_branch(&self, host: &Host, memory_file: String) {
         let mut branches = self.branches();
         branches.count += 1;
         branches.last = Some(memory_file);
         host.database.note_branches(self.id.clone(), branches.clone());
+    }
+
+    /// The snapshot that its memory and disks are changes of; unknown when an earlier release made it.
+    pub(crate) fn base(&self) -> Option<Base> {
+        self.base.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     fn branches(&self) -> MutexGuard<'_, Branches> {
@@ -252,11 +259,17 @@ impl Roster {
         sandbox
     }
 
-    /// Gives a sandbox another machine, whose run files are already in place; the one before is ended.
+    /// Gives a sandbox another machine, whose run files are already in place and which changes `base`; the one
+    /// before is ended.
     ///
     /// # Errors
     /// [`NodeError::SandboxNotFound`] when it was removed meanwhile; the new machine is ended then.
-    pub(crate) async fn replace(self: &Arc<Self>, sandbox: &Arc<Sandbox>, running: Running) -> NodeResult<()> {
+    pub(crate) async fn replace(
+        self: &Arc<Self>,
+        sandbox: &Arc<Sandbox>,
+        running: Running,
+        base: Option<Base>,
+    ) -> NodeResult<()> {
         let running = Arc::new(running);
         let key = running.process.key();
         {
@@ -269,7 +282,9 @@ impl Roster {
                 before.process.kill();
             }
             sandbox.set(Condition::Running(Arc::clone(&running)));
+            sandbox.base.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&base);
         }
+        self.host.database.note_base(sandbox.id.clone(), base);
         tokio::spawn(Arc::clone(self).watch(Arc::clone(sandbox), running));
         Ok(self.host.database.running(vec![(sandbox.id.clone(), key)]).await?)
     }

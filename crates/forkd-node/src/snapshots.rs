@@ -4,7 +4,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
-use forkd_store::{Checked, Listed, Outcome, Snapshot, Store, VMSTATE};
+use forkd_store::{Checked, Listed, Outcome, Snapshot, Store, StoreError, VMSTATE};
 use forkd_types::Tag;
 use forkd_types::rest::{SnapshotInfo, SnapshotStatus};
 use serde::{Deserialize, Serialize};
@@ -165,6 +165,24 @@ pub(crate) fn stored_bytes(dir: &Path) -> u64 {
     entries.filter_map(|entry| entry.metadata().ok()).map(|metadata| metadata.blocks() * 512).sum()
 }
 
+/// Whether an entry is a checkpoint of a sandbox, and no snapshot that a user made.
+pub(crate) fn is_checkpoint(listed: &Listed) -> bool {
+    match listed {
+        Listed::Ready { snapshot, .. } => snapshot.meta.checkpoint_of.is_some(),
+        Listed::Writing { tag } | Listed::Failed { tag, .. } => tag.as_str().starts_with(CHECKPOINT_PREFIX),
+    }
+}
+
+/// How the tags of checkpoints on disk begin.
+pub(crate) const CHECKPOINT_PREFIX: &str = "checkpoint-";
+
+/// What a snapshot's files occupy on disk that are no other snapshot's too.
+pub(crate) fn own_bytes(snapshot: &Snapshot) -> u64 {
+    let entries = snapshot.dir.read_dir().into_iter().flatten().flatten();
+    let files = entries.filter_map(|entry| entry.metadata().ok()).filter(|metadata| metadata.nlink() == 1);
+    files.map(|metadata| metadata.blocks() * 512).sum()
+}
+
 /// A snapshot that cannot be used, as clients see it.
 pub(crate) fn unusable(tag: &Tag, dir: &Path, warning: Option<String>) -> SnapshotInfo {
     let modified = dir.metadata().and_then(|metadata| metadata.modified()).ok();
@@ -220,4 +238,20 @@ pub(crate) fn detail(store: &Store, tag: &Tag) -> NodeResult<SnapshotDetail> {
         agent_version: meta.boot.agent_version.clone(),
         warm: meta.warm.clone(),
     })
+}
+
+/// Removes `tag` and what `removal` says of its descendants, telling `gone` of each that is.
+pub(crate) fn remove(store: &Store, tag: Tag, removal: Removal, mut gone: impl FnMut(Tag)) -> Result<(), StoreError> {
+    let first = match removal {
+        Removal::Guarded | Removal::Forced => Vec::new(),
+        Removal::Cascade => store.descendants(&tag)?,
+    };
+    for tag in first.into_iter().chain([tag]) {
+        match removal {
+            Removal::Forced => store.remove_forced(&tag).map(drop)?,
+            Removal::Guarded | Removal::Cascade => store.remove(&tag)?,
+        }
+        gone(tag);
+    }
+    Ok(())
 }

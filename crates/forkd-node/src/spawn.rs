@@ -15,7 +15,7 @@ use tokio::task::JoinSet;
 use crate::birth::{Parent, bring_up};
 use crate::database::{Branches, Origin};
 use crate::error::{NodeError, NodeResult};
-use crate::frozen::Frozen;
+use crate::frozen::{Frozen, Lifetime};
 use crate::host::{Host, unix_now};
 use crate::sandbox::{About, Newborn, Roster, Sandbox};
 use crate::zygotes::{ZygoteKey, Zygotes};
@@ -73,11 +73,16 @@ pub(crate) async fn spawn(
         created_at_unix: unix_now(),
         memory_limit_mib: order.memory_limit_mib,
         disks: zygote.disks,
+        base: None,
+        auto_checkpoint: request.auto_checkpoint.is_some(),
     };
     let mut stages = StageTimings::default();
     stages.record("lease", arrived.elapsed());
     let warnings = zygote.warnings.clone();
-    let report = raise(host, roster, Parent::Zygote(zygote), origin, order, stages).await?;
+    let report = raise(host, roster, Parent::Zygote(Arc::clone(&zygote)), origin, order, stages).await?;
+    if let Some(running) = report.sandboxes.first().and_then(|first| roster.get(&first.id).ok()?.running().ok()) {
+        zygote.working_set.learn(host, Arc::clone(&running.control));
+    }
     Ok(SpawnReport { warnings, ..report })
 }
 
@@ -94,11 +99,12 @@ pub(crate) async fn fork(
 ) -> NodeResult<SpawnReport> {
     let memory_limit_mib = request.memory_limit_mib.or(sandbox.origin.memory_limit_mib);
     let order = Order::check(request.n, memory_limit_mib, arrived)?;
-    let frozen = Frozen::of(host, sandbox).await?;
+    let frozen = Frozen::of(host, sandbox, Lifetime::Daemon).await?;
     let origin = Origin {
         forked_from: Some(sandbox.id.clone()),
         created_at_unix: unix_now(),
         memory_limit_mib,
+        base: sandbox.base(),
         ..sandbox.origin.clone()
     };
     let mut stages = StageTimings::default();

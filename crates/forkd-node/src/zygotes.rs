@@ -24,6 +24,7 @@ use crate::control::{Control, expect_event};
 use crate::error::{NodeError, NodeResult};
 use crate::host::{Host, Traces, blocking};
 use crate::launch::{self, Launched, Owned};
+use crate::working_set::WorkingSet;
 use crate::{cpu, memory, process::ProcessKey};
 
 /// What distinguishes zygotes.
@@ -47,6 +48,8 @@ pub(crate) struct Zygote {
     pub(crate) disks: usize,
     /// Digest of the description of its snapshot.
     pub(crate) snapshot_digest: Digest,
+    /// What its first copies need.
+    pub(crate) working_set: WorkingSet,
     /// What it does otherwise than asked, for everyone who forks it.
     pub(crate) warnings: Vec<String>,
     memory_bytes: u64,
@@ -104,6 +107,7 @@ impl Zygotes {
 
     /// Lets go of every zygote of `tag`: its snapshot is another one now, or gone.
     pub(crate) fn discard(&self, tag: &Tag) {
+        self.host.database.forget_working_set(tag.clone());
         self.slots().retain(|key, _| key.tag != *tag);
     }
 
@@ -142,7 +146,14 @@ impl Zygotes {
         let backing = if key.huge_pages { Backing::ReservedHugePages } else { snapshot.meta.memory_backing };
         let name = format!("zygote-{}{}", key.tag, if key.huge_pages { "-huge" } else { "" });
         let traces = Traces::of(&self.host, name.clone());
-        let action = LaunchAction::Zygote(ZygoteConfig { backing, prefetch: Vec::new() });
+        let working_set = match backing {
+            Backing::File => WorkingSet::recorded(&self.host, snapshot.digest, key.tag.clone()).await,
+            // All of it is read when it is copied.
+            Backing::TransparentHugePages | Backing::ReservedHugePages => {
+                WorkingSet::unused(snapshot.digest, key.tag.clone())
+            }
+        };
+        let action = LaunchAction::Zygote(ZygoteConfig { backing, prefetch: working_set.runs.clone() });
         let message = Launch { fds: roles, name: name.clone(), action };
         let log = self.host.files.log(&name);
         let Launched { control, process, answer } = launch::launch(&self.host.config.vmm, &log, &message, fds)?;
@@ -156,6 +167,7 @@ impl Zygotes {
             control,
             disks: snapshot.meta.disks.len(),
             snapshot_digest: snapshot.digest,
+            working_set,
             warnings: Vec::new(),
             memory_bytes: 0,
         };

@@ -67,14 +67,26 @@ pub struct SpawnRequest {
     /// Back the zygote's memory with huge pages.
     #[serde(default)]
     pub hugepages: bool,
+    /// Take a checkpoint of a child before each of these.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub auto_checkpoint: Option<AutoCheckpoint>,
+}
+
+/// What an automatic checkpoint is taken before.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AutoCheckpoint {
+    /// Every program and every evaluation that a client asks for.
+    Exec,
 }
 
 impl SpawnRequest {
     /// A request for `n` children of `tag`, with defaults for the rest.
     pub fn of(tag: &Tag, n: u32) -> Self {
         let (per_child_netns, prewarm, live_fork, hugepages) = (false, false, false, false);
-        let memory_limit_mib = None;
-        Self { snapshot_tag: tag.to_string(), n, per_child_netns, memory_limit_mib, prewarm, live_fork, hugepages }
+        let (memory_limit_mib, auto_checkpoint) = (None, None);
+        let snapshot_tag = tag.to_string();
+        Self { snapshot_tag, n, per_child_netns, memory_limit_mib, prewarm, live_fork, hugepages, auto_checkpoint }
     }
 }
 
@@ -133,12 +145,15 @@ pub struct BranchRequest {
     /// Flush the guest's file systems first, so that the disk is clean and not only as after a power cut.
     #[serde(default)]
     pub sync: bool,
+    /// Replace a snapshot of the same tag, in one step when the new one is whole.
+    #[serde(default)]
+    pub replace: bool,
 }
 
 impl Default for BranchRequest {
     fn default() -> Self {
-        let (diff, live, measure_diff, sync) = (false, false, false, false);
-        Self { tag: None, mode: None, diff, live, measure_diff, wait: true, parent_tag: None, sync }
+        let (diff, live, measure_diff, sync, replace) = (false, false, false, false, false);
+        Self { tag: None, mode: None, diff, live, measure_diff, wait: true, parent_tag: None, sync, replace }
     }
 }
 
@@ -159,9 +174,23 @@ pub struct CheckpointRequest {
     /// Its name; `cp-N` when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
+    /// Put it on disk at once, where it outlives the host's memory.
+    #[serde(default)]
+    pub disk: bool,
 }
 
-/// One checkpoint of a sandbox: a frozen copy in memory.
+/// Where a checkpoint is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CheckpointPlace {
+    /// In a frozen copy of the machine.
+    #[default]
+    Memory,
+    /// In a snapshot that is not listed.
+    Disk,
+}
+
+/// One checkpoint of a sandbox.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct CheckpointInfo {
     /// Its name, unique within the sandbox.
@@ -170,9 +199,19 @@ pub struct CheckpointInfo {
     pub created_at_unix: u64,
     /// How long the sandbox stood still for it.
     pub pause_us: u64,
-    /// Guest memory that it shares with no file, as of now; some of it with the sandbox and other checkpoints.
+    /// Where it is.
+    #[serde(default)]
+    pub place: CheckpointPlace,
+    /// Whether it was taken because the sandbox has automatic checkpoints.
+    #[serde(default)]
+    pub automatic: bool,
+    /// In memory: guest memory that it shares with no file, as of now; some of it with the sandbox and other
+    /// checkpoints.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub private_bytes: Option<u64>,
+    /// On disk: what it takes there and shares with no snapshot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stored_bytes: Option<u64>,
 }
 
 /// `POST /v1/sandboxes/:id/rewind`: back to a checkpoint, which stays; later ones go.
@@ -258,7 +297,7 @@ pub struct SpawnReport {
 pub struct SandboxMemory {
     /// Proportional set size of the monitor.
     pub pss_bytes: u64,
-    /// Pages that only this monitor holds, page tables not counted.
+    /// Pages that only this monitor holds and that no file holds too, page tables not counted.
     pub private_bytes: u64,
     /// Page tables of the monitor.
     pub page_table_bytes: u64,
@@ -388,6 +427,44 @@ pub struct SnapshotInfo {
     /// What the snapshot occupies on disk, its root disk not counted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stored_bytes: Option<u64>,
+}
+
+/// Answer of `POST /v1/packs`: what came of a pack.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct UnpackReport {
+    /// The snapshot that was packed, by the name that it has here.
+    pub tag: Tag,
+    /// It and all that it derives from, the base first.
+    pub snapshots: Vec<UnpackedSnapshot>,
+    /// Kernels, initramfs images and root disks that are new.
+    pub new_blobs: usize,
+    /// Those that were there.
+    pub reused_blobs: usize,
+    /// What was written, holes not counted.
+    pub written_bytes: u64,
+    /// Whether a signature was asked for and is good.
+    pub verified: bool,
+}
+
+/// What came of one snapshot of a pack.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct UnpackedSnapshot {
+    /// Its name here.
+    pub tag: Tag,
+    /// What came of it.
+    pub fate: UnpackFate,
+}
+
+/// What becomes of a snapshot that comes in a pack.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum UnpackFate {
+    /// It is new.
+    Published,
+    /// It was there already.
+    Reused,
+    /// It took the place of another one of its tag.
+    Replaced,
 }
 
 /// `POST /v1/bakes`: boot a root disk, warm it, snapshot it. Answered by a stream of [`BakeEvent`],

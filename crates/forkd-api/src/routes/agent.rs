@@ -4,8 +4,10 @@ use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use hyper_util::rt::TokioIo;
+use serde::Deserialize;
 
 use crate::error::{ApiError, ApiResult};
+use crate::extract::Query;
 use crate::router::{Api, Segment};
 
 /// The protocol that the connection changes to: frames of one agent request.
@@ -14,16 +16,30 @@ const PROTOCOL: &str = "forkd-agent";
 /// Bytes on their way in each direction.
 const BUFFER: usize = 64 << 10;
 
+/// What a connection is for.
+#[derive(Deserialize)]
+pub(crate) struct AgentQuery {
+    /// A program or an evaluation is going to be asked for.
+    #[serde(default)]
+    exec: bool,
+}
+
 /// `GET /v1/sandboxes/:id/agent` with `Upgrade: forkd-agent`: after 101, the bytes of the connection
-/// are those of a connection to the agent.
-pub(crate) async fn connect(State(api): State<Api>, segment: Segment, mut request: Request) -> ApiResult<Response> {
+/// are those of a connection to the agent. With `?exec=true` the sandbox's automatic checkpoint, if it has such,
+/// is taken first.
+pub(crate) async fn connect(
+    State(api): State<Api>,
+    segment: Segment,
+    Query(query): Query<AgentQuery>,
+    mut request: Request,
+) -> ApiResult<Response> {
     let id = segment.sandbox()?;
     api.node.sandbox(&id)?;
     if !wants_upgrade(request.headers()) {
         return Ok(ApiError::upgrade_required(PROTOCOL));
     }
     // Before the answer, so that a guest that cannot be reached is an error and not a dead stream.
-    let mut guest = api.node.agent(&id).await?.into_stream();
+    let mut guest = api.node.agent(&id, query.exec).await?.into_stream();
     let upgrading = hyper::upgrade::on(&mut request);
     tokio::spawn(async move {
         let client = match upgrading.await {

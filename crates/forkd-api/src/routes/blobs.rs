@@ -12,13 +12,10 @@ use forkd_node::BlobUpload;
 use forkd_types::Digest;
 use serde::Serialize;
 use tokio::sync::mpsc;
-use tokio_stream::StreamExt;
 
 use crate::error::{ApiError, ApiResult};
+use crate::pieces::{self, QUEUED_PIECES};
 use crate::router::{Api, Segment};
-
-/// Pieces of a body that wait for the disk.
-const QUEUED_PIECES: usize = 64;
 
 /// A blob that is in the store.
 #[derive(Serialize)]
@@ -70,9 +67,9 @@ pub(crate) async fn put(
     let digest = digest_of(&segment)?;
     let encoding = Encoding::of(&headers)?;
     let node = api.node.clone();
-    let (pieces, queue) = mpsc::channel::<Bytes>(QUEUED_PIECES);
+    let (sender, queue) = mpsc::channel::<Bytes>(QUEUED_PIECES);
     let storing = tokio::task::spawn_blocking(move || store(node.upload()?, encoding, queue, digest));
-    let received = forward(body, pieces).await;
+    let received = pieces::forward(body, sender).await;
     let stored = storing.await.map_err(|_| ApiError::broken_body("storing the blob was interrupted"))?;
     // A store that fails stops taking pieces, so its error comes first; a body that broke off makes
     // a digest mismatch, which would only hide that it broke off.
@@ -81,18 +78,6 @@ pub(crate) async fn put(
         (Err(error), Ok(())) => Err(error),
         (Ok(bytes), Ok(())) => Ok((StatusCode::CREATED, Answer(BlobInfo { digest, bytes }))),
     }
-}
-
-/// Hands the body on piece by piece, until its end or until nobody takes them any more.
-async fn forward(body: Body, pieces: mpsc::Sender<Bytes>) -> ApiResult<()> {
-    let mut stream = body.into_data_stream();
-    while let Some(piece) = stream.next().await {
-        let piece = piece.map_err(|error| ApiError::broken_body(format!("the body broke off: {error}")))?;
-        if pieces.send(piece).await.is_err() {
-            break;
-        }
-    }
-    Ok(())
 }
 
 /// Writes the pieces into the store and checks the digest; returns the blob's size.

@@ -5,5 +5,6 @@ pub(crate) mod bakes;
 pub(crate) mod blobs;
 pub(crate) mod branching;
 pub(crate) mod discovery;
+pub(crate) mod packs;
 pub(crate) mod sandboxes;
 pub(crate) mod snapshots;
