@@ -4,7 +4,7 @@
 //! ([`reaper`]) and serves requests over vsock ([`listen`], [`requests`]): programs ([`exec`]), warm
 //! interpreters ([`runtimes`]), identities of copies ([`identity`]), [`files`], [`tunnel`]s. The
 //! JSON-line protocol of TCP port 8888 is [`legacy`]. As an ordinary program it serves the same over
-//! TCP to clients that show a token.
+//! TCP to clients that show a token. As a [`meter`] it measures for a benchmark how long its guest stands still.
 //!
 //! One thread per connection; nothing here is asynchronous, because a guest has few clients and every
 //! thread that sleeps costs nothing.
@@ -20,6 +20,7 @@ pub mod files;
 pub mod identity;
 pub mod legacy;
 pub mod listen;
+pub mod meter;
 pub mod options;
 mod poison;
 pub mod poweroff;

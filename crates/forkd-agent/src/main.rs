@@ -6,5 +6,9 @@ fn main() -> ExitCode {
     if std::process::id() == 1 {
         forkd_agent::be_init();
     }
-    forkd_agent::be_program(std::env::args().skip(1))
+    let mut arguments = std::env::args().skip(1).peekable();
+    match arguments.next_if(|first| first == forkd_proto::meter::VERB) {
+        Some(_) => forkd_agent::meter::run(arguments),
+        None => forkd_agent::be_program(arguments),
+    }
 }

@@ -7,8 +7,10 @@
 //! The process that the kernel started goes on being PID 1: it changes its root directory and starts
 //! nothing, so an image needs neither a shell nor a C library.
 
+mod kernel_log;
 mod modules;
 mod mounts;
+mod names;
 mod network;
 mod root_disk;
 
@@ -22,7 +24,7 @@ use forkd_proto::agent::AGENT_PORT;
 use rustix::process::{Resource, Rlimit};
 
 use crate::agent::{Agent, Role};
-use crate::identity::{self, hooks};
+use crate::identity::hooks;
 use crate::options::{BootOptions, MACHINE_TOKEN, OptionError};
 use crate::token::{Token, TokenError};
 use crate::{console, failure, legacy, listen, warmup};
@@ -95,7 +97,7 @@ pub fn boot() -> Result<Arc<Agent>, BootError> {
     }
     mounts::rest(&options.volumes);
     raise_limits();
-    name_guest(&options.hostname);
+    names::prepare(&options.hostname);
     network::bring_up(options.network.as_ref());
 
     let agent = Agent::start(Role::Init).map_err(BootError::Agent)?;
@@ -113,6 +115,7 @@ pub fn boot() -> Result<Arc<Agent>, BootError> {
     }
     serve(&agent, &options)?;
     console::announce("forkd-agent ready");
+    kernel_log::keep_notices_off_the_console(&command_line);
     Ok(agent)
 }
 
@@ -146,26 +149,5 @@ fn raise_limits() {
     let limit = Rlimit { current: Some(65_536), maximum: Some(1 << 20) };
     if let Err(error) = rustix::process::setrlimit(Resource::Nofile, limit) {
         console::warn(&format!("cannot raise the limit of open files to 65536: {error}"));
-    }
-}
-
-/// Names for a guest that has not taken on an identity yet, and the places where one is put.
-fn name_guest(fallback: &str) {
-    let image_name = fs::read_to_string("/etc/hostname").ok().map(|name| name.trim().to_owned());
-    let name = image_name.filter(|name| !name.is_empty()).unwrap_or_else(|| fallback.to_owned());
-    if let Err(error) = rustix::system::sethostname(name.as_bytes()) {
-        console::warn(&format!("cannot set the host name to {name:?}: {error}"));
-    }
-    let prepare = || {
-        for directory in ["/etc", "/run/forkd"] {
-            fs::create_dir_all(directory)?;
-        }
-        let boot_id = "/proc/sys/kernel/random/boot_id";
-        identity::write_in_place(Path::new(identity::BOOT_ID_FILE), &fs::read_to_string(boot_id)?, 0o444)?;
-        rustix::mount::mount_bind(identity::BOOT_ID_FILE, boot_id)?;
-        Ok::<_, io::Error>(())
-    };
-    if let Err(error) = prepare() {
-        console::warn(&format!("copies of this guest will share its boot id: {error}"));
     }
 }

@@ -1,8 +1,8 @@
 //! Who this copy is.
 //!
 //! A copy of a machine wakes up with its source's name, clock and randomness. Taking on an identity
-//! replaces them. It is on the path of every spawn, so it makes no process, waits for no disk, and
-//! rewrites only what differs; the warm runtimes are reseeded side by side.
+//! replaces them. It is on the path of every spawn, so it makes no process, writes to no disk (the files
+//! lie in memory, see `boot`), and rewrites only what differs; the warm runtimes are reseeded side by side.
 
 mod entropy;
 pub mod hooks;

@@ -1,5 +1,6 @@
-//! Listening sockets: one thread accepts, one thread per connection serves.
+//! Listening sockets, and what is spoken on them. A [`crew`] of threads serves each.
 
+mod crew;
 mod vsock;
 
 use std::io;
@@ -7,7 +8,6 @@ use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
 
 use forkd_proto::frame::FrameError;
 
@@ -18,8 +18,6 @@ use crate::{console, failure, legacy, requests};
 
 /// Connections served at once, over all listeners.
 const MAX_CONNECTIONS: usize = 1024;
-/// Enough for JSON of the depth that the parser allows.
-const STACK: usize = 512 << 10;
 const BACKLOG: i32 = 1024;
 
 static OPEN: AtomicUsize = AtomicUsize::new(0);
@@ -56,20 +54,7 @@ pub fn on_legacy_tcp(agent: &Arc<Agent>, address: SocketAddr) -> io::Result<Sock
 
 fn accept_in_background(agent: &Arc<Agent>, listener: OwnedFd, name: String, service: Service) -> io::Result<()> {
     let agent = Arc::clone(agent);
-    std::thread::Builder::new().name("accept".into()).stack_size(STACK).spawn(move || {
-        loop {
-            match rustix::net::accept_with(&listener, rustix::net::SocketFlags::CLOEXEC) {
-                Ok(socket) => hand_over(&agent, Connection::new(socket), &service),
-                Err(rustix::io::Errno::INTR | rustix::io::Errno::CONNABORTED) => {}
-                Err(error) => {
-                    // Out of descriptors or memory, most likely; both come back.
-                    console::error(&format!("cannot accept connections on {name}: {error}"));
-                    std::thread::sleep(Duration::from_millis(200));
-                }
-            }
-        }
-    })?;
-    Ok(())
+    crew::start(listener, name, move |socket| serve(&agent, Connection::new(socket), &service))
 }
 
 /// Counts a connection as open while it lives.
@@ -88,30 +73,23 @@ impl Drop for Place {
     }
 }
 
-fn hand_over(agent: &Arc<Agent>, connection: Connection, service: &Service) {
+fn serve(agent: &Agent, connection: Connection, service: &Service) {
     // Answers are written whole; waiting to merge them only delays them. Fails for vsock, which has
     // no such delay.
     let _ = rustix::net::sockopt::set_tcp_nodelay(connection.as_fd(), true);
-    let Some(place) = Place::take() else {
+    let Some(_place) = Place::take() else {
         let _ = connection.set_nonblocking(true);
         let message = format!("{MAX_CONNECTIONS} connections are open, which is the limit; close some");
         let _ = connection.fail(failure::internal(message));
         return;
     };
-    let (agent, service) = (Arc::clone(agent), service.clone());
-    let served = std::thread::Builder::new().name("connection".into()).stack_size(STACK).spawn(move || {
-        let _place = place;
-        let outcome = match service {
-            Service::Requests(token) => requests::serve(&agent, connection, token.as_deref()),
-            Service::Legacy => legacy::serve(&agent, connection),
-        };
-        match outcome {
-            // Clients come and go.
-            Ok(()) | Err(FrameError::Closed | FrameError::Io(_)) => {}
-            Err(error) => console::warn(&format!("a connection ended badly: {error}")),
-        }
-    });
-    if let Err(error) = served {
-        console::error(&format!("cannot serve a connection: no thread: {error}"));
+    let outcome = match service {
+        Service::Requests(token) => requests::serve(agent, connection, token.as_deref()),
+        Service::Legacy => legacy::serve(agent, connection),
+    };
+    match outcome {
+        // Clients come and go.
+        Ok(()) | Err(FrameError::Closed | FrameError::Io(_)) => {}
+        Err(error) => console::warn(&format!("a connection ended badly: {error}")),
     }
 }

@@ -87,8 +87,9 @@ impl AsFd for Job {
     }
 }
 
-/// How long an interpreter that was idle may take to reseed.
-const RESEED_LIMIT: Duration = Duration::from_secs(30);
+/// How long an interpreter that was idle may take to reseed when its job has no deadline. It takes a millisecond,
+/// but on a host where a hundred copies wake theirs at once, it waits for its turn on a processor.
+const RESEED_LIMIT: Duration = Duration::from_secs(120);
 
 /// What others know of the interpreter.
 #[derive(Debug)]
@@ -202,15 +203,16 @@ impl Supervisor {
         (&*control).write_all(message)
     }
 
-    /// Begins a turn of the interpreter: from here on code may run in it.
-    fn begin(&self) -> Result<(), Failure> {
+    /// Begins a turn of the interpreter, by `deadline` if the job has one: from here on code may run in it.
+    fn begin(&self, deadline: Option<Instant>) -> Result<(), Failure> {
         let kept = {
             let mut turn = poison::lock(&self.turn);
             turn.busy = true;
             turn.reseed.take()
         };
         let (Some(message), true) = (kept, self.is_warm()) else { return Ok(()) };
-        let reseeded = self.send_reseed(&message).and_then(|()| self.await_reseeded(Instant::now() + RESEED_LIMIT));
+        let deadline = deadline.unwrap_or_else(|| Instant::now() + RESEED_LIMIT);
+        let reseeded = self.send_reseed(&message).and_then(|()| self.await_reseeded(deadline));
         reseeded.map_err(|error| {
             let language = self.language;
             failure::internal(format!(
@@ -260,7 +262,7 @@ impl Supervisor {
                 }
                 Some(job) => {
                     let outcome = catch_unwind(AssertUnwindSafe(|| {
-                        self.begin()?;
+                        self.begin(job.deadline)?;
                         self.evaluate(&mut process, &job)
                     }));
                     poison::lock(&self.turn).busy = false;
