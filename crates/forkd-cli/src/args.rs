@@ -9,11 +9,14 @@ use crate::commands::checkpoints::{CheckpointArgs, CheckpointsArgs, RewindArgs};
 use crate::commands::eval::EvalArgs;
 use crate::commands::exec::ExecArgs;
 use crate::commands::fork::ForkArgs;
+use crate::commands::hub::{PullArgs, PushArgs};
 use crate::commands::images::{ImagesArgs, RmiArgs, SnapshotInfoArgs};
 use crate::commands::kernel::KernelArgs;
 use crate::commands::layers::{SnapshotCompactArgs, SnapshotDiffArgs};
 use crate::commands::machine::MachineArgs;
+use crate::commands::packs::{PackArgs, UnpackArgs};
 use crate::commands::ping::PingArgs;
+use crate::commands::port_forward::PortForwardArgs;
 use crate::commands::quickstart::QuickstartArgs;
 use crate::commands::sandboxes::{KillArgs, LogsArgs, LsArgs};
 use crate::commands::spawn::SpawnArgs;
@@ -92,6 +95,8 @@ enum Command {
     Eval(EvalArgs),
     /// Ask a sandbox's agent whether it is there
     Ping(PingArgs),
+    /// Reach a TCP port of a sandbox's guest from this host
+    PortForward(PortForwardArgs),
     /// Kill sandboxes
     Kill(KillArgs),
     /// Show a sandbox's console
@@ -106,6 +111,14 @@ enum Command {
     SnapshotDiff(SnapshotDiffArgs),
     /// Write a layered snapshot anew as one that depends on no other
     SnapshotCompact(SnapshotCompactArgs),
+    /// Write a snapshot, with all that it builds on, to one file
+    Pack(PackArgs),
+    /// Take in a file that pack wrote
+    Unpack(UnpackArgs),
+    /// Download a pack, by URL or from an index, and take it in
+    Pull(PullArgs),
+    /// Pack a snapshot and put it on an HTTP server
+    Push(PushArgs),
     /// Recompute every digest of a snapshot
     Verify(VerifyArgs),
     /// Measure, next to the floor of this host
@@ -150,6 +163,7 @@ impl Cli {
             Command::Exec(args) => args.run(&context).await,
             Command::Eval(args) => args.run(&context).await,
             Command::Ping(args) => args.run(&context).await,
+            Command::PortForward(args) => args.run(&context).await,
             Command::Kill(args) => args.run(&context).await,
             Command::Logs(args) => args.run(&context).await,
             Command::Images(args) => args.run(&context).await,
@@ -157,6 +171,10 @@ impl Cli {
             Command::SnapshotInfo(args) => args.run(&context).await,
             Command::SnapshotDiff(args) => args.run(&context).await,
             Command::SnapshotCompact(args) => args.run(&context).await,
+            Command::Pack(args) => args.run(&context).await,
+            Command::Unpack(args) => args.run(&context).await,
+            Command::Pull(args) => args.run(&context).await,
+            Command::Push(args) => args.run(&context).await,
             Command::Verify(args) => args.run(&context).await,
             Command::Bench(args) => args.run(&context).await,
             Command::Where => where_(&context),

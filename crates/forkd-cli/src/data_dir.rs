@@ -11,6 +11,7 @@
 //!   cache/initramfs/       built initramfs images
 //!   cache/digests/         digests of files that were uploaded
 //!   cache/bench/           the compiled floors of `forkd bench`
+//!   cache/packs/           packs being downloaded or sent
 //!   cache/scratch/         builds under way
 //!   machine/               the `forkd machine`
 //! ```
@@ -70,6 +71,11 @@ impl DataDir {
     /// Programs and files of the benchmark.
     pub(crate) fn bench(&self) -> PathBuf {
         self.root.join("cache/bench")
+    }
+
+    /// Packs that are being downloaded or sent.
+    pub(crate) fn packs(&self) -> PathBuf {
+        self.root.join("cache/packs")
     }
 
     /// Scratch space for builds; the same file system as the cache.

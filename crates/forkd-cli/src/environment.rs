@@ -6,6 +6,9 @@ pub(crate) const FORKD_URL: &str = "FORKD_URL";
 /// Bearer token for the daemon; empty counts as unset.
 pub(crate) const FORKD_TOKEN: &str = "FORKD_TOKEN";
 
+/// Where `pull` finds packages by name: the URL or path of a `registry.json`.
+pub(crate) const FORKD_HUB_URL: &str = "FORKD_HUB_URL";
+
 /// Guest kernel for `snapshot` and `from-image`.
 pub(crate) const FORKD_KERNEL: &str = "FORKD_KERNEL";
 

@@ -1,8 +1,9 @@
 //! One fan-out, measured: fork, first evaluation in each child, memory before and after.
 //!
-//! Shared by `quickstart`, which shows it, and `bench spawn`, which repeats it.
+//! Shared by `quickstart`, which shows it, and `bench spawn`, which repeats it. Every question to a child has
+//! a deadline: one that is wedged is counted as failed and holds up nobody for ever.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use forkd_types::SandboxId;
 use forkd_types::rest::{EvalRequest, SandboxMemory, SpawnTimings};
@@ -10,6 +11,7 @@ use futures_util::StreamExt;
 
 use crate::children::{CONCURRENCY, Children};
 use crate::client::Client;
+use crate::endpoint::Place;
 use crate::progress::Progress;
 
 /// What one child did and cost.
@@ -40,21 +42,46 @@ pub(crate) struct Evaluation {
     pub(crate) error: Option<String>,
 }
 
+/// How long one child may take over one question, unless the caller says otherwise.
+pub(crate) const CHILD_LIMIT: Duration = Duration::from_secs(120);
+
+/// How children are asked.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Manner {
+    /// How long one child may take over one question.
+    pub(crate) limit: Duration,
+    /// How far apart evaluations begin that run at the same time.
+    pub(crate) apart: Duration,
+}
+
+impl Manner {
+    /// All at once; but not through QEMU's user network, which resets some of a hundred connections that come in the
+    /// same instant.
+    pub(crate) fn of(place: Place, limit: Duration) -> Self {
+        let apart = if place == Place::Machine { Duration::from_millis(10) } else { Duration::ZERO };
+        Self { limit, apart }
+    }
+}
+
+/// What the daemon and the way to it may take on top of what the child may take.
+const WAY_THERE: Duration = Duration::from_secs(15);
+
 /// Measures children that are up, one piece of Python in each. The evaluations run all at once, as
 /// a fan-out would; memory is read before the first and after the last.
 pub(crate) async fn measure(
     client: &Client,
     children: &Children,
     code: &str,
+    manner: Manner,
     progress: &Progress,
-) -> anyhow::Result<(Vec<Child>, u64)> {
+) -> (Vec<Child>, u64) {
     let timings = &children.report().timings;
     let ids: Vec<_> = timings.iter().map(|timing| timing.id.clone()).collect();
-    let at_birth = memory(client, &ids, "Memory at birth", progress).await;
+    let at_birth = memory(client, &ids, manner.limit, "Memory at birth", progress).await;
     let began = Instant::now();
-    let first = evaluate(client, &ids, code, "First evaluation", progress).await;
+    let first = evaluate(client, &ids, code, manner, "First evaluation", progress).await;
     let evaluated_us = began.elapsed().as_micros() as u64;
-    let after_eval = memory(client, &ids, "Memory after the first evaluation", progress).await;
+    let after_eval = memory(client, &ids, manner.limit, "Memory after the first evaluation", progress).await;
     let children = timings
         .iter()
         .zip(at_birth)
@@ -68,50 +95,65 @@ pub(crate) async fn measure(
             after_eval,
         })
         .collect();
-    Ok((children, evaluated_us))
+    (children, evaluated_us)
 }
 
-/// Runs `code` in every child at once; a failure is part of the result.
+/// Runs `code` in every child at once; a failure, or no answer in time, is part of the result.
 pub(crate) async fn evaluate(
     client: &Client,
     ids: &[SandboxId],
     code: &str,
+    manner: Manner,
     title: &str,
     progress: &Progress,
 ) -> Vec<Evaluation> {
-    counted(ids, title, progress, |id| async move {
-        let request = EvalRequest { code: code.to_owned(), language: Some("python".to_owned()), timeout_secs: 120 };
+    let Manner { limit, apart } = manner;
+    let numbered: Vec<_> = (0u32..).zip(ids).collect();
+    counted(&numbered, ids.len(), title, progress, |&(number, id)| async move {
+        tokio::time::sleep(apart * number).await;
+        let (code, language) = (code.to_owned(), Some("python".to_owned()));
+        let request = EvalRequest { code, language, timeout_secs: limit.as_secs().max(1) };
         let began = Instant::now();
-        let outcome = client.eval(id, &request).await;
+        let outcome = tokio::time::timeout(limit + WAY_THERE, client.eval(id, &request)).await;
         let us = began.elapsed().as_micros() as u64;
+        let failed = |error| Evaluation { result: String::new(), stdout: String::new(), us, error: Some(error) };
         match outcome {
-            Ok(answer) => {
+            Ok(Ok(answer)) => {
                 Evaluation { result: answer.result.unwrap_or_default(), stdout: answer.stdout, us, error: answer.error }
             }
-            Err(error) => {
-                Evaluation { result: String::new(), stdout: String::new(), us, error: Some(error.to_string()) }
-            }
+            Ok(Err(error)) => failed(error.to_string()),
+            Err(_) => failed(format!("no answer within {} s", (limit + WAY_THERE).as_secs())),
         }
     })
     .await
 }
 
 /// What every child costs now; none for a child that cannot be asked.
-async fn memory(client: &Client, ids: &[SandboxId], title: &str, progress: &Progress) -> Vec<Option<SandboxMemory>> {
-    counted(ids, title, progress, |id| async move { client.memory(id).await.ok() }).await
-}
-
-/// Calls `call` for every child, many at once, under a counted bar; results in order.
-async fn counted<'a, T, F: Future<Output = T>>(
-    ids: &'a [SandboxId],
+async fn memory(
+    client: &Client,
+    ids: &[SandboxId],
+    limit: Duration,
     title: &str,
     progress: &Progress,
-    call: impl Fn(&'a SandboxId) -> F,
+) -> Vec<Option<SandboxMemory>> {
+    counted(ids, CONCURRENCY, title, progress, |id| async move {
+        tokio::time::timeout(limit, client.memory(id)).await.ok()?.ok()
+    })
+    .await
+}
+
+/// Calls `call` for each of `items`, `at_once` of them at a time, under a counted bar; results in order.
+async fn counted<'a, I, T, F: Future<Output = T>>(
+    items: &'a [I],
+    at_once: usize,
+    title: &str,
+    progress: &Progress,
+    call: impl Fn(&'a I) -> F,
 ) -> Vec<T> {
     let step = progress.quick_step(title);
-    step.set_items(ids.len() as u64);
-    let mut results = Vec::with_capacity(ids.len());
-    let mut answers = futures_util::stream::iter(ids).map(call).buffered(CONCURRENCY.max(ids.len()));
+    step.set_items(items.len() as u64);
+    let mut results = Vec::with_capacity(items.len());
+    let mut answers = futures_util::stream::iter(items).map(call).buffered(at_once.max(1));
     while let Some(result) = answers.next().await {
         results.push(result);
         step.set_position(results.len() as u64);

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use assert_cmd::Command;
 
-const VERBS: [&[&str]; 39] = [
+const VERBS: [&[&str]; 45] = [
     &[],
     &["quickstart"],
     &["doctor"],
@@ -22,6 +22,7 @@ const VERBS: [&[&str]; 39] = [
     &["exec"],
     &["eval"],
     &["ping"],
+    &["port-forward"],
     &["kill"],
     &["logs"],
     &["images"],
@@ -29,11 +30,16 @@ const VERBS: [&[&str]; 39] = [
     &["snapshot-info"],
     &["snapshot-diff"],
     &["snapshot-compact"],
+    &["pack"],
+    &["unpack"],
+    &["pull"],
+    &["push"],
     &["verify"],
     &["bench"],
     &["bench", "spawn"],
     &["bench", "raw"],
     &["bench", "branch"],
+    &["bench", "pack"],
     &["where"],
     &["kernel"],
     &["kernel", "install"],

@@ -1,8 +1,10 @@
 //! `bench`: measurements, each next to the floor or the memory of the host it ran on.
 
 mod branch;
+mod chain;
 mod chart;
 mod floor;
+mod pack;
 mod raw;
 mod spawn;
 
@@ -25,6 +27,10 @@ enum What {
     Raw(raw::RawBenchArgs),
     /// Branch a running machine: how long it stands still and when the copy runs, next to fork(2) and bare KVM
     Branch(branch::BranchBenchArgs),
+    /// Spawn from snapshots over ever more others: time, and bytes on disk; needs no Linux guest
+    Chain(chain::ChainBenchArgs),
+    /// Pack a snapshot and unpack it, next to `zstd -T0` on the same bytes; needs no guest
+    Pack(pack::PackBenchArgs),
 }
 
 impl BenchArgs {
@@ -33,6 +39,8 @@ impl BenchArgs {
             What::Spawn(args) => args.run(context).await,
             What::Raw(args) => args.run(context).await,
             What::Branch(args) => args.run(context).await,
+            What::Chain(args) => args.run(context).await,
+            What::Pack(args) => args.run(context).await,
         }
     }
 }

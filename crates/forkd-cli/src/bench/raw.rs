@@ -25,6 +25,9 @@ use crate::{output, programs, units};
 const FLOOR: FloorProgram =
     FloorProgram { name: "fork_limit", source: include_str!("../../../../limits/fork_limit.c") };
 
+/// The stage in which KVM is told of the guest's memory.
+const MEMORY_SLOT: &str = "memory_slot";
+
 /// MiB of the image that hold data, floor and ours alike.
 const TOUCHED_MIB: u64 = 64;
 
@@ -37,9 +40,9 @@ pub(crate) struct RawBenchArgs {
     /// Pairs of runs
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
     runs: u32,
-    /// Guest memory
-    #[arg(long, default_value = "512M")]
-    memory: ByteSize,
+    /// Guest memory; may be given several times
+    #[arg(long, default_values = ["512M"], value_delimiter = ',')]
+    memory: Vec<ByteSize>,
     /// Print the result as JSON
     #[arg(long)]
     json: bool,
@@ -62,6 +65,9 @@ struct Result {
     ratio: f64,
     /// Median of the ratios of the pairs.
     ratio_of_pairs: f64,
+    /// `ours_ms` without the kernel's own call for the memory slot, which takes longer the more memory a
+    /// guest has.
+    ours_without_memory_slot_ms: f64,
     floor: Summary,
     ours: Summary,
     /// Median over the runs of each stage's median over the children, in the order they ran.
@@ -85,6 +91,13 @@ struct SingleReport<'a> {
     command: &'a str,
 }
 
+/// One row of the report.
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    n: u32,
+    memory: ByteSize,
+}
+
 /// One run of ours.
 struct Run {
     wall_ms: f64,
@@ -98,8 +111,11 @@ impl RawBenchArgs {
         // Both keep their memory images here, on the same file system.
         let scratch = tempfile::tempdir_in(context.data.bench())?;
         let mut results = Vec::new();
-        for &n in &self.n {
-            results.push(self.measure(n, &floor, &monitor, scratch.path(), context).await?);
+        for &memory in &self.memory {
+            for &n in &self.n {
+                let case = Case { n, memory };
+                results.push(self.measure(case, &floor, &monitor, scratch.path(), context).await?);
+            }
         }
         let report = Report { host: Host::here(), command: self.command(), results };
         if let Some(path) = &self.chart {
@@ -118,36 +134,38 @@ impl RawBenchArgs {
 
     async fn measure(
         &self,
-        n: u32,
+        case: Case,
         floor: &Path,
         monitor: &Path,
         scratch: &Path,
         context: &Context,
     ) -> anyhow::Result<Result> {
-        let step = context.progress.step(format!("n={n}, {}", units::count(self.runs as usize, "pair")));
+        let title = format!("n={}, {}, {}", case.n, case.memory, units::count(self.runs as usize, "pair"));
+        let step = context.progress.step(&title);
         step.set_items(self.runs.into());
         let (mut floors, mut ours) = (Vec::new(), Vec::new());
         for pair in 0..self.runs {
             // They take turns in going first, so that neither profits from what the other warmed.
             if pair % 2 == 0 {
-                floors.push(self.run_floor(n, floor, &scratch.join("floor.memory")).await?);
-                ours.push(self.run_ours(n, monitor, scratch).await?);
+                floors.push(case.run_floor(floor, &scratch.join("floor.memory")).await?);
+                ours.push(case.run_ours(monitor, scratch).await?);
             } else {
-                ours.push(self.run_ours(n, monitor, scratch).await?);
-                floors.push(self.run_floor(n, floor, &scratch.join("floor.memory")).await?);
+                ours.push(case.run_ours(monitor, scratch).await?);
+                floors.push(case.run_floor(floor, &scratch.join("floor.memory")).await?);
             }
             step.set_position(u64::from(pair) + 1);
         }
-        step.done(format_args!("n={n}, {}", units::count(self.runs as usize, "pair")));
+        step.done(title);
         let walls: Vec<f64> = ours.iter().map(|run| run.wall_ms).collect();
         let (floor_ms, ours_ms) = (median(floors.iter().copied()), median(walls.iter().copied()));
         Ok(Result {
-            n,
+            n: case.n,
             runs: self.runs,
-            memory_mib: self.memory.as_mib(),
+            memory_mib: case.memory.as_mib(),
             floor_ms,
             ours_ms,
             ratio: ours_ms / floor_ms,
+            ours_without_memory_slot_ms: median(ours.iter().map(Run::without_memory_slot)),
             ratio_of_pairs: median(walls.iter().zip(&floors).map(|(ours, floor)| ours / floor)),
             floor: summarise(floors),
             ours: summarise(walls),
@@ -155,22 +173,30 @@ impl RawBenchArgs {
         })
     }
 
-    async fn run_floor(&self, n: u32, program: &Path, memory_file: &Path) -> anyhow::Result<f64> {
+    fn command(&self) -> String {
+        let counts: String = self.n.iter().map(|n| format!(" --n {n}")).collect();
+        let sizes: String = self.memory.iter().map(|memory| format!(" --memory {}M", memory.as_mib())).collect();
+        format!("forkd bench raw{counts} --runs {}{sizes}", self.runs)
+    }
+}
+
+impl Case {
+    async fn run_floor(self, program: &Path, memory_file: &Path) -> anyhow::Result<f64> {
         let mut command = Command::new(program);
         command
             .arg(self.memory.as_mib().to_string())
             .arg(self.touched_mib().to_string())
-            .arg(n.to_string())
+            .arg(self.n.to_string())
             .arg("file")
             .arg(memory_file);
         let text = run(command, "the floor").await?;
-        parse_floor(&text, n).with_context(|| format!("the floor said: {}", text.trim()))
+        parse_floor(&text, self.n).with_context(|| format!("the floor said: {}", text.trim()))
     }
 
-    async fn run_ours(&self, n: u32, monitor: &Path, scratch: &Path) -> anyhow::Result<Run> {
+    async fn run_ours(self, monitor: &Path, scratch: &Path) -> anyhow::Result<Run> {
         let mut command = Command::new(monitor);
         // The first run is the zygote's first use, of which a zygote has only one; the last counts.
-        command.arg("bench-raw").args(["--runs", "2"]).arg("--n").arg(n.to_string());
+        command.arg("bench-raw").args(["--runs", "2"]).arg("--n").arg(self.n.to_string());
         command.arg("--memory-mib").arg(self.memory.as_mib().to_string());
         command.arg("--touched-mib").arg(self.touched_mib().to_string());
         command.arg("--scratch").arg(scratch).arg("--json");
@@ -181,10 +207,15 @@ impl RawBenchArgs {
     fn touched_mib(&self) -> u64 {
         TOUCHED_MIB.min(self.memory.as_mib() / 2)
     }
+}
 
-    fn command(&self) -> String {
-        let counts: String = self.n.iter().map(|n| format!(" --n {n}")).collect();
-        format!("forkd bench raw{counts} --runs {} --memory {}M", self.runs, self.memory.as_mib())
+impl Run {
+    /// The wall time less what the copies spent in the call for their memory slot, on as many processors as they
+    /// can have had.
+    fn without_memory_slot(&self) -> f64 {
+        let Some((_, slots)) = self.stages.iter().find(|(name, _)| name == MEMORY_SLOT) else { return self.wall_ms };
+        let processors = std::thread::available_parallelism().map_or(1, usize::from).min(slots.len());
+        self.wall_ms - slots.iter().sum::<f64>() / 1e3 / processors as f64
     }
 }
 
@@ -192,6 +223,7 @@ impl Report {
     fn print(&self) -> anyhow::Result<()> {
         let mut table = output::table(&[
             "CHILDREN",
+            "MEMORY MiB",
             "FLOOR ms p50",
             "p90",
             "FORKD ms p50",
@@ -199,10 +231,12 @@ impl Report {
             "p99",
             "RATIO",
             "FORKD ms/CHILD",
+            "LESS MEMORY SLOT ms",
         ]);
         for result in &self.results {
             table.add_row([
                 result.n.to_string(),
+                result.memory_mib.to_string(),
                 format!("{:.2}", result.floor_ms),
                 format!("{:.2}", result.floor.p90),
                 format!("{:.2}", result.ours_ms),
@@ -210,6 +244,7 @@ impl Report {
                 format!("{:.2}", result.ours.p99),
                 format!("{:.2}", result.ratio),
                 format!("{:.3}", result.ours_ms / f64::from(result.n)),
+                format!("{:.2}", result.ours_without_memory_slot_ms),
             ]);
         }
         output::print_table(&mut table)?;
@@ -221,11 +256,13 @@ impl Report {
     }
 
     fn chart(&self) -> String {
-        let groups: Vec<(String, Vec<f64>)> = self
-            .results
-            .iter()
-            .map(|result| (format!("{} ({:.2} ×)", result.n, result.ratio), vec![result.floor_ms, result.ours_ms]))
-            .collect();
+        let sizes = self.results.iter().any(|result| result.memory_mib != self.results[0].memory_mib);
+        let name = |result: &Result| match sizes {
+            true => format!("{}, {} MiB ({:.2} ×)", result.n, result.memory_mib, result.ratio),
+            false => format!("{} ({:.2} ×)", result.n, result.ratio),
+        };
+        let bars = |result: &Result| (name(result), vec![result.floor_ms, result.ours_ms]);
+        let groups: Vec<(String, Vec<f64>)> = self.results.iter().map(bars).collect();
         Chart {
             title: "Time until the last of N children is in its guest",
             notes: &[self.host.describe(), self.command.clone()],
@@ -300,5 +337,13 @@ mod tests {
         assert_eq!(run.wall_ms, 12.5);
         assert_eq!(stage_medians(&[run]), [("fork".to_owned(), 200.0), ("vm".to_owned(), 20.0)]);
         assert!(parse_run("{}").is_err() && parse_run("").is_err());
+    }
+
+    #[test]
+    fn the_memory_slot_is_left_out_of_what_one_copy_took() {
+        let text =
+            "{\"wall_ms\":3.5,\"per_child\":[[{\"name\":\"memory_slot\",\"us\":2000},{\"name\":\"vcpus\",\"us\":30}]]}";
+        assert_eq!(parse_run(text).expect("whole").without_memory_slot(), 1.5);
+        assert_eq!(parse_run("{\"wall_ms\":3.5}").expect("whole").without_memory_slot(), 3.5);
     }
 }

@@ -45,6 +45,17 @@ impl<S: AsyncRead + AsyncWrite> AgentConnection<S> {
         }
     }
 
+    /// Connects to a TCP port on the guest's loopback. Both directions then carry `Data` frames, of which an empty
+    /// one is a half-close.
+    pub(crate) async fn tunnel(mut self, port: u16) -> Result<(FrameReader<S>, FrameWriter<S>), ClientError> {
+        self.writer.json(&Request::Tunnel { port }).await?;
+        match self.reader.next().await?.parse(Kind::Response)? {
+            Response::Done => Ok((self.reader, self.writer)),
+            Response::Error(failure) => Err(failure.into()),
+            other => Err(out_of_turn("done", &other)),
+        }
+    }
+
     /// Runs source text in a warm runtime.
     pub(crate) async fn eval(self, eval: Eval) -> Result<Evaluated, ClientError> {
         match self.ask(&Request::Eval(eval)).await? {

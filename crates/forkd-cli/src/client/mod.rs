@@ -7,6 +7,7 @@ mod address;
 mod agent;
 mod error;
 mod exchange;
+mod packs;
 mod upload;
 
 use std::time::Duration;
@@ -20,8 +21,9 @@ use forkd_types::{SandboxId, Tag};
 use http::{Method, StatusCode};
 
 pub(crate) use address::{Address, AddressError};
-pub(crate) use agent::{AgentConnection, FrameReader, out_of_turn};
+pub(crate) use agent::{AgentConnection, FrameReader, FrameWriter, out_of_turn};
 pub(crate) use error::ClientError;
+pub(crate) use packs::{PackQuery, UnpackQuery};
 pub(crate) use upload::{Encoding, copy_sparse};
 
 use exchange::{Body, empty, json};
@@ -137,9 +139,9 @@ impl Client {
         exchange::collect(&path, self.call(Method::GET, &path, empty()).await?).await
     }
 
-    /// A connection to a sandbox's agent.
+    /// A connection to a sandbox's agent, to run something.
     pub(crate) async fn agent(&self, id: &SandboxId) -> Result<AgentConnection, ClientError> {
-        let path = format!("/v1/sandboxes/{id}/agent");
+        let path = format!("/v1/sandboxes/{id}/agent?exec=true");
         let stream = exchange::upgrade(&self.address, self.token.as_deref(), &path, "forkd-agent").await?;
         Ok(AgentConnection::new(stream))
     }

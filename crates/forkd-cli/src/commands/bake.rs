@@ -154,7 +154,7 @@ impl SnapshotArgs {
         let mut interrupts = Interrupts::catch()?;
         let Self { tag, from_sandbox, of_sandbox, recipe, kernel, rootfs, .. } = self;
         match (from_sandbox, tag, kernel, rootfs) {
-            (Some(sandbox), tag, ..) => interrupts.guard(of_sandbox.run(&sandbox, tag, context)).await,
+            (Some(sandbox), tag, ..) => interrupts.guard(of_sandbox.run(&sandbox, tag, recipe.replace, context)).await,
             (None, Some(tag), Some(kernel), Some(rootfs)) => {
                 interrupts.guard(Self::bake(recipe.recipe(tag), kernel, rootfs, context)).await
             }

@@ -56,8 +56,14 @@ pub(crate) struct FromSandboxOptions {
 }
 
 impl FromSandboxOptions {
-    /// Takes the snapshot and prints where it is.
-    pub(crate) async fn run(self, sandbox: &SandboxId, tag: Option<Tag>, context: &Context) -> anyhow::Result<u8> {
+    /// Takes the snapshot and prints where it is. With `replace` an earlier one of the tag goes.
+    pub(crate) async fn run(
+        self,
+        sandbox: &SandboxId,
+        tag: Option<Tag>,
+        replace: bool,
+        context: &Context,
+    ) -> anyhow::Result<u8> {
         let client = context.client().await?;
         let layer_over = match self.layer {
             true => {
@@ -73,7 +79,7 @@ impl FromSandboxOptions {
         };
         let tag = tag.map(|tag| tag.to_string());
         let (wait, sync, parent_tag) = (!self.no_wait, self.sync, layer_over);
-        let request = BranchRequest { tag, mode, wait, sync, parent_tag, ..BranchRequest::default() };
+        let request = BranchRequest { tag, mode, wait, sync, parent_tag, replace, ..BranchRequest::default() };
         let step = context.progress.quick_step(format!("Taking a snapshot of {sandbox}"));
         let info = client.branch(sandbox, &request).await.map_err(sandbox_error)?;
         step.vanish();

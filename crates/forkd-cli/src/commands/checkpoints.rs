@@ -1,7 +1,7 @@
-//! `checkpoint`, `checkpoints`, `rewind`: a sandbox's past, kept in memory.
+//! `checkpoint`, `checkpoints`, `rewind`: a sandbox's past.
 
 use clap::Args;
-use forkd_types::rest::{CheckpointInfo, CheckpointRequest, RewindRequest};
+use forkd_types::rest::{CheckpointInfo, CheckpointPlace, CheckpointRequest, RewindRequest};
 use forkd_types::{ByteSize, SandboxId};
 
 use super::{Context, sandbox_error};
@@ -16,6 +16,9 @@ pub(crate) struct CheckpointArgs {
     sandbox: SandboxId,
     /// Name of the checkpoint; cp-N when absent
     name: Option<String>,
+    /// Put it on disk at once; otherwise the daemon does that when checkpoints take too much memory
+    #[arg(long)]
+    disk: bool,
     /// Print the daemon's answer as JSON
     #[arg(long)]
     json: bool,
@@ -23,7 +26,7 @@ pub(crate) struct CheckpointArgs {
 
 impl CheckpointArgs {
     pub(crate) async fn run(self, context: &Context) -> anyhow::Result<u8> {
-        let request = CheckpointRequest { name: self.name };
+        let request = CheckpointRequest { name: self.name, disk: self.disk };
         let info = context.client().await?.checkpoint(&self.sandbox, &request).await;
         let info = info.map_err(|error| checkpoint_error(error, &self.sandbox))?;
         if self.json {
@@ -67,18 +70,32 @@ impl CheckpointsArgs {
             context.progress.say(format_args!("no checkpoints; `forkd checkpoint {}` makes one", self.sandbox));
             return Ok(0);
         }
-        let mut table = output::table(&["NAME", "CREATED", "PRIVATE", "PAUSE"]);
-        for CheckpointInfo { name, created_at_unix, pause_us, private_bytes } in &all {
+        let mut table = output::table(&["NAME", "CREATED", "IN", "SIZE", "PAUSE"]);
+        for info in &all {
             table.add_row([
-                name.clone(),
-                units::age(*created_at_unix),
-                private_bytes.map_or_else(|| "—".to_owned(), |bytes| ByteSize(bytes).to_string()),
-                units::microseconds(*pause_us),
+                info.name.clone(),
+                units::age(info.created_at_unix),
+                place(info.place).to_owned(),
+                size(info).map_or_else(|| "—".to_owned(), |size| size.to_string()),
+                units::microseconds(info.pause_us),
             ]);
         }
         output::print_table(&mut table)?;
         Ok(0)
     }
+}
+
+/// Where a checkpoint is, in a word.
+pub(super) fn place(place: CheckpointPlace) -> &'static str {
+    match place {
+        CheckpointPlace::Memory => "memory",
+        CheckpointPlace::Disk => "disk",
+    }
+}
+
+/// What a checkpoint takes where it is.
+pub(super) fn size(info: &CheckpointInfo) -> Option<ByteSize> {
+    info.private_bytes.or(info.stored_bytes).map(ByteSize)
 }
 
 /// Arguments of `forkd rewind`.

@@ -9,11 +9,14 @@ pub(crate) mod checkpoints;
 pub(crate) mod eval;
 pub(crate) mod exec;
 pub(crate) mod fork;
+pub(crate) mod hub;
 pub(crate) mod images;
 pub(crate) mod kernel;
 pub(crate) mod layers;
 pub(crate) mod machine;
+pub(crate) mod packs;
 pub(crate) mod ping;
+pub(crate) mod port_forward;
 pub(crate) mod quickstart;
 pub(crate) mod sandboxes;
 pub(crate) mod spawn;
@@ -65,7 +68,7 @@ fn sandbox_error(error: ClientError) -> anyhow::Error {
 }
 
 /// Adds to an error what to type when the snapshot is not there or not usable.
-fn snapshot_error(error: ClientError) -> anyhow::Error {
+pub(crate) fn snapshot_error(error: ClientError) -> anyhow::Error {
     match error.status() {
         Some(http::StatusCode::NOT_FOUND) => {
             advised(error, "forkd images   (or make one: forkd from-image debian:bookworm --tag NAME)")

@@ -2,7 +2,7 @@
 
 use clap::Args;
 use forkd_types::Tag;
-use forkd_types::rest::{SPAWN_LIMIT, SpawnReport, SpawnRequest};
+use forkd_types::rest::{AutoCheckpoint, SPAWN_LIMIT, SpawnReport, SpawnRequest};
 
 use super::{Context, snapshot_error};
 use crate::failure::advised;
@@ -21,6 +21,9 @@ pub(crate) struct ChildOptions {
     /// Back the snapshot's memory with huge pages
     #[arg(long)]
     pub(crate) hugepages: bool,
+    /// Take a checkpoint of a child before each of these: exec, every program and evaluation
+    #[arg(long, value_name = "WHEN", value_parser = auto_checkpoint)]
+    pub(crate) auto_checkpoint: Option<AutoCheckpoint>,
     /// Accepted for existing scripts: every child can be branched while it runs
     #[arg(long, hide = true)]
     live_fork: bool,
@@ -40,7 +43,15 @@ impl ChildOptions {
             prewarm: self.prewarm,
             live_fork: self.live_fork,
             hugepages: self.hugepages,
+            auto_checkpoint: self.auto_checkpoint,
         }
+    }
+}
+
+fn auto_checkpoint(text: &str) -> Result<AutoCheckpoint, String> {
+    match text {
+        "exec" => Ok(AutoCheckpoint::Exec),
+        _ => Err("there is only exec".to_owned()),
     }
 }
 

@@ -8,6 +8,7 @@ use forkd_types::{ByteSize, SandboxId};
 use serde::Serialize;
 
 use super::Context;
+use super::checkpoints::{place, size};
 use crate::{children, output, units};
 
 /// Arguments of `forkd tree`.
@@ -138,7 +139,7 @@ impl Family {
 
 fn checkpoint(info: &CheckpointInfo) -> Member {
     let mut about = vec![units::age(info.created_at_unix)];
-    about.extend(info.private_bytes.map(|bytes| format!("{} private", ByteSize(bytes))));
+    about.extend(size(info).map(|size| format!("{size} in {}", place(info.place))));
     about.push(format!("source stood still {}", units::microseconds(info.pause_us)));
     Member { kind: Kind::Checkpoint, name: info.name.clone(), about: about.join(", "), children: Vec::new() }
 }

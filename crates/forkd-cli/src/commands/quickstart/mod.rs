@@ -17,10 +17,11 @@ use crate::bake::{Recipe, bake};
 use crate::children::Children;
 use crate::client::{Client, ClientError};
 use crate::doctor::{Package, missing_packages};
+use crate::endpoint::Endpoint;
 use crate::failure::advised;
 use crate::ingredients;
 use crate::interrupt::Interrupts;
-use crate::measurement::{evaluate, measure};
+use crate::measurement::{CHILD_LIMIT, Manner, evaluate, measure};
 use crate::{endpoint, machine, output, programs};
 
 /// The snapshot that the quick start makes and reuses.
@@ -67,7 +68,7 @@ impl QuickstartArgs {
         let began = Instant::now();
         let mut interrupts = Interrupts::catch()?;
         let tag: Tag = TAG.parse().expect("the constant is a legal tag");
-        let client = interrupts.guard(self.prepare(&tag, context)).await?;
+        let Endpoint { client, place } = interrupts.guard(self.prepare(&tag, context)).await?;
         let children = match self.fork(&client, &tag, &mut interrupts, context).await {
             Err(error) if is_of_another_processor(&error) => {
                 context.progress.say(format_args!("{error}"));
@@ -81,11 +82,12 @@ impl QuickstartArgs {
         let spawn = children.report().clone();
         let measured = {
             let (client, children_ref) = (&client, &children);
+            let manner = Manner::of(place, CHILD_LIMIT);
             let work = async {
-                let (measured, evaluated_us) = measure(client, children_ref, FIRST, &context.progress).await?;
+                let (measured, evaluated_us) = measure(client, children_ref, FIRST, manner, &context.progress).await;
                 let ids: Vec<_> = measured.iter().map(|child| child.id.clone()).collect();
                 let differing =
-                    evaluate(client, &ids, DIFFERING, "What differs between children", &context.progress).await;
+                    evaluate(client, &ids, DIFFERING, manner, "What differs between children", &context.progress).await;
                 Ok((measured, evaluated_us, differing))
             };
             interrupts.guard(work).await
@@ -104,22 +106,22 @@ impl QuickstartArgs {
     }
 
     /// Everything up to a daemon that has the snapshot.
-    async fn prepare(&self, tag: &Tag, context: &Context) -> anyhow::Result<Client> {
+    async fn prepare(&self, tag: &Tag, context: &Context) -> anyhow::Result<Endpoint> {
         // A daemon that has it needs no tools and no images on this host.
         let running = endpoint::find(&context.daemon, &context.data).await?;
         if let Some(endpoint) = &running
             && status(&endpoint.client, tag).await? == Some(SnapshotStatus::Ready)
         {
-            return Ok(reuse(endpoint.client.clone(), tag, context));
+            return Ok(reuse(endpoint.clone(), tag, context));
         }
         self.announce_work(running.is_none(), context).await?;
-        let client = context.client().await?;
-        let existing = status(&client, tag).await?;
+        let endpoint = context.endpoint().await?;
+        let existing = status(&endpoint.client, tag).await?;
         if existing == Some(SnapshotStatus::Ready) {
-            return Ok(reuse(client, tag, context));
+            return Ok(reuse(endpoint, tag, context));
         }
-        self.bake(&client, tag, existing.is_some(), context).await?;
-        Ok(client)
+        self.bake(&endpoint.client, tag, existing.is_some(), context).await?;
+        Ok(endpoint)
     }
 
     /// Forks the children and waits until all agents have answered.
@@ -190,9 +192,9 @@ fn is_of_another_processor(error: &anyhow::Error) -> bool {
     refusal.and_then(ClientError::code) == Some(LACKS_FEATURES)
 }
 
-fn reuse(client: Client, tag: &Tag, context: &Context) -> Client {
+fn reuse(endpoint: Endpoint, tag: &Tag, context: &Context) -> Endpoint {
     context.progress.say(format_args!("✓ Snapshot {tag} is there (`forkd rmi {tag}` to have it made anew)"));
-    client
+    endpoint
 }
 
 fn packages(missing: &[Package]) -> String {

@@ -1,4 +1,5 @@
-//! `forkd bench branch --raw` from the command line to the report, on the real `/dev/kvm`.
+//! `forkd bench branch --raw` and `forkd bench chain` from the command line to the report, on the real
+//! `/dev/kvm`.
 //!
 //! Where `/dev/kvm`, the monitor or a C compiler is missing, the test is counted as ignored and the reason
 //! is printed.
@@ -16,8 +17,12 @@ fn main() {
     if let Some(reason) = &missing {
         let _ = writeln!(std::io::stderr(), "SKIPPED, every test of this file: {reason}");
     }
-    let trial = Trial::test("the_smallest_run_reports_every_field", the_smallest_run_reports_every_field);
-    libtest_mimic::run(&arguments, vec![trial.with_ignored_flag(missing.is_some())]).exit();
+    let trials: [(&str, fn() -> Result<(), Failed>); 2] = [
+        ("the_smallest_run_of_branches_reports_every_field", branches),
+        ("the_smallest_chain_reports_every_field", chain),
+    ];
+    let trials = trials.map(|(name, run)| Trial::test(name, run).with_ignored_flag(missing.is_some()));
+    libtest_mimic::run(&arguments, trials.into()).exit();
 }
 
 /// What the test cannot do without on this host.
@@ -34,10 +39,38 @@ fn missing() -> Option<String> {
     (!compiler).then(|| "there is no C compiler".to_owned())
 }
 
-fn the_smallest_run_reports_every_field() -> Result<(), Failed> {
-    let home = tempfile::tempdir()?;
+/// `forkd` with a data directory of its own.
+fn forkd(home: &Path) -> Result<Command, Failed> {
     let mut forkd = Command::cargo_bin("forkd")?;
-    forkd.env_clear().env("PATH", std::env::var_os("PATH").unwrap_or_default()).env("HOME", home.path());
+    forkd.env_clear().env("PATH", std::env::var_os("PATH").unwrap_or_default()).env("HOME", home);
+    Ok(forkd)
+}
+
+fn chain() -> Result<(), Failed> {
+    let home = tempfile::tempdir()?;
+    let mut forkd = forkd(home.path())?;
+    forkd.args(["bench", "chain", "--depth", "3", "--runs", "2", "--memory", "128M", "--changed", "1M", "--json"]);
+    let report: Value = serde_json::from_slice(&forkd.assert().success().get_output().stdout)?;
+    let rows = report["rows"].as_array().cloned().unwrap_or_default();
+    let depths: Vec<_> = rows.iter().map(|row| row["depth"].as_u64()).collect();
+    assert_eq!(depths, [Some(0), Some(1), Some(2), Some(3)], "{report}");
+    for row in &rows {
+        for figure in ["spawn_ms", "ratio", "fork_ms", "load_ms", "layer_bytes", "verify_ms"] {
+            assert!(row[figure].as_f64().is_some_and(|value| value > 0.0), "{figure}: {row}");
+        }
+    }
+    // What a layer takes on disk is what changed, in memory and on disk, and little besides.
+    for row in &rows[1..] {
+        let changed = row["changed_bytes"].as_u64().unwrap_or_default();
+        assert!((1 << 20..=2 << 20).contains(&changed), "{row}");
+        assert!(row["bytes_ratio"].as_f64().is_some_and(|ratio| (1.0..1.1).contains(&ratio)), "{row}");
+    }
+    Ok(())
+}
+
+fn branches() -> Result<(), Failed> {
+    let home = tempfile::tempdir()?;
+    let mut forkd = forkd(home.path())?;
     forkd.args([
         "bench",
         "branch",

@@ -8,20 +8,20 @@
 use std::path::Path;
 
 use anyhow::Context as _;
-use clap::Args;
 use forkd_types::{ByteSize, StageTimings};
 use serde::{Deserialize, Serialize};
 use tokio::process::Command;
 
-use super::Host;
-use super::floor::{FloorProgram, field, run};
+use super::super::Host;
+use super::super::floor::{FloorProgram, field, run};
+use super::stage_medians;
 use crate::commands::Context;
 use crate::statistics::{Summary, median, summarise};
 use crate::{output, programs, units};
 
 /// The floor of the time until the copy's guest has run.
 const FLOOR: FloorProgram =
-    FloorProgram { name: "branch_limit", source: include_str!("../../../../limits/branch_limit.c") };
+    FloorProgram { name: "branch_limit", source: include_str!("../../../../../limits/branch_limit.c") };
 
 /// Branches from one source before the floor has its turn and the next source begins.
 const BLOCK: u32 = 5;
@@ -32,24 +32,17 @@ const LEFT_MIB: u64 = 2048;
 /// Private memory of the source of which very many branches are made.
 const SOAK_PRIVATE_MIB: u64 = 64;
 
-/// Arguments of `forkd bench branch`.
-#[derive(Args, Debug)]
-pub(crate) struct BranchBenchArgs {
-    /// Branch a tiny built-in guest; needs no Linux guest
-    #[arg(long, required = true)]
-    raw: bool,
-    /// Private memory of the source; may be given several times
-    #[arg(long, value_name = "SIZE", default_values = ["64M", "256M", "1G", "4G"])]
-    private: Vec<ByteSize>,
-    /// Branches per size and kind of pages, each with a bare fork
-    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=1000))]
-    runs: u32,
-    /// Branches from one source at the end, to find what leaks or slows down
-    #[arg(long, value_name = "N", default_value_t = 200, value_parser = clap::value_parser!(u32).range(0..=5000))]
-    soak: u32,
-    /// Print the result as JSON
-    #[arg(long)]
-    json: bool,
+/// What is measured with the built-in guest.
+#[derive(Debug)]
+pub(super) struct RawBranchBench {
+    /// Private memory of the sources.
+    pub(super) private: Vec<ByteSize>,
+    /// Branches per size and kind of pages.
+    pub(super) runs: u32,
+    /// Branches from one source at the end.
+    pub(super) soak: u32,
+    /// Print the result as JSON.
+    pub(super) json: bool,
 }
 
 /// The figures for one size and kind of pages.
@@ -161,8 +154,8 @@ struct Bench<'a> {
     context: &'a Context,
 }
 
-impl BranchBenchArgs {
-    pub(crate) async fn run(self, context: &Context) -> anyhow::Result<u8> {
+impl RawBranchBench {
+    pub(super) async fn run(self, context: &Context) -> anyhow::Result<u8> {
         let monitor = programs::companion("forkd-vmm")?;
         let floor = FLOOR.compile(context).await?;
         let scratch = tempfile::tempdir_in(context.data.bench())?;
@@ -386,18 +379,6 @@ fn parse_limit(text: &str) -> anyhow::Result<Limit> {
 fn in_a_row(blocks: &[Block]) -> Vec<f64> {
     let length = blocks.iter().map(|block| block.in_a_row_us.len()).min().unwrap_or(0);
     (0..length).map(|position| median(blocks.iter().map(|block| block.in_a_row_us[position] / 1e3))).collect()
-}
-
-/// The median of each stage over all operations, in the order in which stages first ran.
-fn stage_medians<'a>(operations: impl Iterator<Item = &'a StageTimings>) -> Vec<(String, f64)> {
-    let mut values: Vec<(String, Vec<f64>)> = Vec::new();
-    for stage in operations.flat_map(|timings| &timings.0) {
-        match values.iter_mut().find(|(known, _)| *known == stage.name) {
-            Some((_, values)) => values.push(stage.us as f64),
-            None => values.push((stage.name.clone(), vec![stage.us as f64])),
-        }
-    }
-    values.into_iter().map(|(name, values)| (name, median(values))).collect()
 }
 
 #[cfg(test)]
