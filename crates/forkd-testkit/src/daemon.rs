@@ -1,35 +1,60 @@
 //! A daemon of a test's own, beside the one that all tests share and on the same host, for what no test may
-//! do to the others: fill the disk, take the monitor program away.
+//! do to the others: fill the disk, take the monitor program away, shoot it.
 //!
-//! It runs on a file system of its own in memory and finds the shared daemon's blobs there. It is spoken to in
-//! plain HTTP over its socket, by Perl, which every Debian has.
+//! It runs on a file system of its own in memory, or beside the shared daemon's store, and finds the shared
+//! daemon's blobs there. It is spoken to in plain HTTP over its socket, by Perl, which every Debian has.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use serde::de::DeserializeOwned;
 
 use crate::{Host, Snapshot};
 
-/// Starts the daemon and prints its process id. Arguments: its directory, the size of its file system, the
-/// shared store, the programs.
-const START: &str = r#"
+/// Makes its directory and its monitor program. Arguments: its directory, the size of its file system if it is
+/// to have one, the shared store, the programs.
+const PREPARE: &str = r#"
 set -eu
 dir=$1 size=$2 store=$3 programs=$4
 mkdir -p "$dir"
-mount -t tmpfs -o "size=$size,mode=700" forkd-test "$dir"
+[ -z "$size" ] || mount -t tmpfs -o "size=$size,mode=700" forkd-test "$dir"
 mkdir -m 700 "$dir/blobs" "$dir/snapshots"
 ln -s "$store"/blobs/* "$dir/blobs/"
 cp "$programs/forkd-vmm" "$dir.vmm"
-setsid "$programs/forkd-controller" serve --no-tcp --kill-on-exit --state-dir "$dir" --vmm "$dir.vmm" \
-    </dev/null >"$dir.log" 2>&1 &
+"#;
+
+/// Starts the daemon and prints its process id. Arguments: its directory, the programs, more options.
+const START: &str = r#"
+setsid "$2/forkd-controller" serve --no-tcp --kill-on-exit --state-dir "$1" --vmm "$1.vmm" $3 \
+    </dev/null >>"$1.log" 2>&1 &
 echo $!
 "#;
 
-/// Ends it and removes everything. Arguments: its directory, its process id.
+/// Prints the process ids of its monitors. Argument: its directory.
+const MONITORS: &str = r#"
+for (glob '/proc/[0-9]*') { print "$1\n" if (readlink("$_/exe") // '') eq "$ARGV[0].vmm" && m{(\d+)$} }
+"#;
+
+/// Sends a request and shoots the daemon a while later, or when it has answered. Arguments: seconds, the process id,
+/// and those of [`CALL`], which comes first.
+const SHOOT: &str = r#"
+call=$1 seconds=$2 pid=$3; shift 3
+perl -e "$call" "$@" >/dev/null 2>&1 &
+sleep "$seconds"
+kill -9 "$pid"
+while kill -0 "$pid" 2>/dev/null; do sleep 0.02; done
+wait
+"#;
+
+/// Ends it and removes everything. Arguments: its directory, its process id, [`MONITORS`].
 const STOP: &str = r#"
 kill "$2"
 for i in $(seq 100); do kill -0 "$2" 2>/dev/null || break; sleep 0.1; done
+# Those of one that was shot and not started again.
+kill -9 $(perl -e "$3" "$1") 2>/dev/null
 while grep -q " $1" /proc/mounts; do umount -l "$(grep -o " $1[^ ]*" /proc/mounts | tail -n 1 | tr -d ' ')"; done
 rm -rf "$1" "$1.vmm" "$1.log"
 "#;
@@ -52,7 +77,9 @@ print while <$socket>;
 pub struct Daemon<'a> {
     host: &'a Host,
     directory: String,
-    pid: String,
+    programs: String,
+    options: &'static str,
+    pid: Mutex<String>,
 }
 
 /// What a daemon answered.
@@ -62,6 +89,23 @@ pub struct Answer {
     pub status: u16,
     /// Its body.
     pub body: String,
+}
+
+impl Answer {
+    /// Its body, if its status is `status`.
+    pub fn expect(self, status: u16) -> Result<String> {
+        if self.status == status {
+            Ok(self.body)
+        } else {
+            bail!("answered {} instead of {status}: {}", self.status, self.body)
+        }
+    }
+
+    /// Its body as JSON, if its status is `status`.
+    pub fn json<T: DeserializeOwned>(self, status: u16) -> Result<T> {
+        let body = self.expect(status)?;
+        serde_json::from_str(&body).with_context(|| format!("answered unexpected JSON: {body}"))
+    }
 }
 
 /// The body of a request.
@@ -76,18 +120,60 @@ pub enum Body<'a> {
 impl<'a> Daemon<'a> {
     /// Starts one whose file system has `size`, in the words of tmpfs: `64m`.
     pub fn start(host: &'a Host, size: &str) -> Result<Self> {
+        Self::start_in(host, "/tmp", size, "")
+    }
+
+    /// Starts one on the shared daemon's file system, with `snapshot` of that, whose files it shares.
+    pub fn start_beside(host: &'a Host, snapshot: &Snapshot) -> Result<Self> {
+        Self::start_beside_with(host, snapshot, "")
+    }
+
+    /// Like [`start_beside`](Self::start_beside), with more options of `forkd-controller serve`.
+    pub fn start_beside_with(host: &'a Host, snapshot: &Snapshot, options: &'static str) -> Result<Self> {
+        let store = host.store()?;
+        let parent = Path::new(&store).parent().unwrap_or(Path::new("/")).display().to_string();
+        let daemon = Self::start_in(host, &parent, "", options)?;
+        let (from, to) = (host.directory_of(snapshot)?, format!("{}/snapshots/", daemon.directory));
+        host.on_daemon_host(&["cp", "-al", &from, &to])?.success()?;
+        Ok(daemon)
+    }
+
+    fn start_in(host: &'a Host, parent: &str, size: &str, options: &'static str) -> Result<Self> {
         static SERIAL: AtomicU32 = AtomicU32::new(0);
         let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
-        let directory = format!("/tmp/forkd-test-{}-{serial:04}", std::process::id());
+        let directory = format!("{parent}/forkd-test-{}-{serial:04}", std::process::id());
         let (store, programs) = (host.store()?, host.programs_of_daemon()?);
-        let start = ["sh", "-c", START, "start", &directory, size, &store, &programs];
-        let pid = host.on_daemon_host(&start)?.success()?.trim().to_owned();
-        let daemon = Self { host, directory, pid };
-        host.wait_until("the daemon of the test answers", || {
-            Ok(daemon.call("GET", "/healthz", Body::Text("")).is_ok_and(|answer| answer.status == 200))
-        })
-        .with_context(|| daemon.log())?;
+        let daemon = Self { host, directory, programs, options, pid: Mutex::new("0".to_owned()) };
+        let prepare = ["sh", "-c", PREPARE, "prepare", &daemon.directory, size, &store, &daemon.programs];
+        host.on_daemon_host(&prepare)?.success()?;
+        daemon.start_again()?;
         Ok(daemon)
+    }
+
+    /// Starts it after it was shot.
+    pub fn start_again(&self) -> Result<()> {
+        let start = ["sh", "-c", START, "start", &self.directory, &self.programs, self.options];
+        *self.pid() = self.host.on_daemon_host(&start)?.success()?.trim().to_owned();
+        let answers = || Ok(self.call("GET", "/healthz", Body::Text("")).is_ok_and(|answer| answer.status == 200));
+        self.host.wait_until("the daemon of the test answers", answers).with_context(|| self.log())
+    }
+
+    /// Sends it a request and shoots it `after` that time, whether it has answered or not.
+    pub fn shoot(&self, after: Duration, method: &str, target: &str, body: &str) -> Result<()> {
+        let (seconds, pid) = (format!("{:.3}", after.as_secs_f64()), self.pid().clone());
+        let socket = format!("{}/forkd.sock", self.directory);
+        let shoot = ["sh", "-c", SHOOT, "shoot", CALL, &seconds, &pid, &socket, method, target, "text", body];
+        self.host.on_daemon_host(&shoot)?.success().map(drop)
+    }
+
+    /// Process ids of all its monitors: of sandboxes, zygotes and snapshot writers.
+    pub fn monitors(&self) -> Result<Vec<u32>> {
+        let said = self.host.on_daemon_host(&["perl", "-e", MONITORS, &self.directory])?.success()?;
+        Ok(said.lines().map(str::parse).collect::<Result<_, _>>()?)
+    }
+
+    fn pid(&self) -> MutexGuard<'_, String> {
+        self.pid.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Its directory, which is a file system.
@@ -173,7 +259,7 @@ impl<'a> Daemon<'a> {
 impl Drop for Daemon<'_> {
     fn drop(&mut self) {
         // The machine around it may be gone, and then it is too.
-        let _ = self.host.on_daemon_host(&["sh", "-c", STOP, "stop", &self.directory, &self.pid]);
+        let _ = self.host.on_daemon_host(&["sh", "-c", STOP, "stop", &self.directory, &self.pid(), MONITORS]);
     }
 }
 

@@ -14,13 +14,16 @@
 //! # }
 //! ```
 
+mod counting;
 mod daemon;
+pub mod faults;
 mod host;
 mod kernel;
 mod output;
 mod patience;
 mod sandbox;
 
+pub use counting::{CountingLoop, Received};
 pub use daemon::{Answer, Body, Daemon};
 pub use host::{Host, NUMPY_DISK, Snapshot};
 pub use kernel::InstalledKernel;

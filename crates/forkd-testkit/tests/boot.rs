@@ -30,6 +30,19 @@ fn four_gibibytes_reach_past_the_device_hole() -> Result<()> {
 }
 
 #[test]
+fn the_largest_guest_boots_and_is_forked() -> Result<()> {
+    on_real_guests(|host| {
+        // Far more than a test's host may have: memory is taken as it is written.
+        host.once(NUMPY_DISK, "testkit-16-gib", &["--memory", "16G"], |copy| {
+            let kib: u64 = copy.sh("awk '/MemTotal/ {print $2}' /proc/meminfo")?.parse()?;
+            ensure!(kib > 16_000_000, "the guest sees {kib} KiB");
+            ensure!(copy.sh("grep -c '^100000000-43fffffff : System RAM' /proc/iomem")? == "1");
+            Ok(())
+        })
+    })
+}
+
+#[test]
 fn an_older_kernel_with_its_drivers_as_modules_boots() -> Result<()> {
     on_real_guests(|host| {
         host.once(NUMPY_DISK, "testkit-6-1", &["--kernel", "debian-6.1-generic"], |copy| {

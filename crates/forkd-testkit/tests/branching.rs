@@ -1,7 +1,7 @@
 //! Running sandboxes are copied, snapshotted and rewound, and go on as if nothing had happened.
 
 use anyhow::{Result, ensure};
-use forkd_testkit::{Host, Said, on_real_guests};
+use forkd_testkit::{CountingLoop, Host, Said, on_real_guests};
 use forkd_types::rest::{CheckpointInfo, SnapshotInfo, SnapshotStatus};
 
 /// Removes what an earlier attempt of the test left.
@@ -18,32 +18,32 @@ fn listed(host: &Host, tag: &str) -> Result<Option<SnapshotInfo>> {
 }
 
 #[test]
-fn copies_of_a_running_sandbox_are_all_of_one_instant() -> Result<()> {
+fn no_copy_disagrees_with_itself_or_with_a_peer_outside() -> Result<()> {
     on_real_guests(|host| {
+        const TAG: &str = "testkit-instant";
+        without(host, &[TAG])?;
         let source = host.spawn_one(host.numpy()?)?;
-        // The log is on disk before the counter in memory is raised: whoever has the counter has the log.
-        source.exec_with(
-            &["--detach"],
-            &[
-                "sh",
-                "-c",
-                "echo $$ > /run/loop; i=0; while :; do i=$((i+1)); echo $i >> /root/log; sync /root/log; echo $i > /run/counter; done",
-            ],
-        )?;
-        host.wait_until("the loop runs", || {
-            Ok(source.sh("cat /run/counter 2>/dev/null || echo 0")?.parse::<u64>()? > 5)
-        })?;
-        let copies = source.branch(3)?;
-        for copy in &copies {
-            let counter: u64 = copy.sh("kill -9 $(cat /run/loop); cat /run/counter")?.parse()?;
-            // From the disk, not from the page cache that came with the memory.
-            copy.sh("sync; echo 3 > /proc/sys/vm/drop_caches")?;
-            let log: Vec<u64> = copy.sh("cat /root/log")?.lines().map(str::parse).collect::<Result<_, _>>()?;
-            ensure!(log.iter().copied().eq(1..=log.len() as u64), "the log has a gap: {log:?}");
-            ensure!(log.len() as u64 >= counter, "memory says {counter}, the disk has {}", log.len());
+        let id = source.id().as_str();
+        let counting = CountingLoop::start(host, &source)?;
+        for n in [1, 2, 1] {
+            let (copies, received) = counting.around(|| source.branch(n))?;
+            for copy in &copies {
+                counting.check(copy, received)?;
+            }
+            counting.goes_on()?;
         }
-        let before: u64 = source.sh("cat /run/counter")?.parse()?;
-        host.wait_until("the source goes on", || Ok(source.sh("cat /run/counter")?.parse::<u64>()? > before))
+        for options in [&[][..], &["--sync"], &["--layer", "--sync"]] {
+            let snapshot = [&["snapshot", "--from-sandbox", id, "--tag", TAG], options].concat();
+            let (_, received) = counting.around(|| host.forkd(&snapshot)?.success())?;
+            counting.check(&host.spawn_one(&host.snapshot(TAG))?, received)?;
+            without(host, &[TAG])?;
+        }
+        let (_, received) = counting.around(|| host.forkd(&["checkpoint", id])?.success())?;
+        // One connection throughout; only the rewind, which makes a copy of the source, ends it.
+        counting.goes_on()?;
+        host.forkd(&["rewind", id])?.success()?;
+        counting.check(&source, received)?;
+        host.wait_until("the peer hears of the rewind", || Ok(counting.broke().is_some()))
     })
 }
 
