@@ -42,7 +42,6 @@ fn a_wrong_command_line_exits_with_two_and_says_what_is_wrong() {
         (&["from-image", "debian:bookworm", "--tag", "t", "--kernel", "/none"], "no such"),
         (&["snapshot", "--tag", "t", "--rootfs", "x"], "--kernel"),
         (&["bench", "raw", "-n", "0"], "1..=1000"),
-        (&["bench", "branch"], "--raw"),
         (&["bench", "branch", "--raw", "--runs", "0"], "1..=1000"),
         (&["--daemon-url", "ftp://x", "ls"], "write http://HOST:PORT or unix:///PATH"),
         (&["--daemon-url", "https://x", "ls"], "TLS"),

@@ -341,6 +341,14 @@ fn manifests_that_were_made_to_fit() {
     let flip_last = |content: &mut Vec<u8>| *content.last_mut().expect("not empty") ^= 1;
     let layer = "snapshots/one/GNUSparseFile.0/memory.layer";
     assert_refused!(forged(layer, "/snapshots/1/files/2", flip_last), PackError::Layer { .. }, "memory.layer of one");
+    // A layer that is whole, of another snapshot.
+    let members = Members::of(good());
+    let other = members.0[members.position("snapshots/two/GNUSparseFile.0/memory.layer")].content.clone();
+    let exchanged = forged(layer, "/snapshots/1/files/2", |content| {
+        assert_eq!(content.len(), other.len(), "the manifest's sizes still fit");
+        *content = other;
+    });
+    assert_refused!(exchanged, PackError::Digest { .. }, "memory.layer of one");
     assert_refused!(
         forged("one/vmstate", "/snapshots/1/files/1", flip_last),
         PackError::Description { .. },
@@ -449,6 +457,26 @@ fn what_is_cut_off_and_what_follows() {
     for after in [[0u8; 512].as_slice(), &[1; 512], b"x"] {
         assert_refused!(refused(&compress(&[&archive, after].concat())), PackError::TrailingBytes, "follow");
     }
+}
+
+#[test]
+fn padding_that_is_not_empty() {
+    let archive = Members::of(good()).archive();
+    let mut at = 0;
+    let mut padded = 0;
+    while archive[at] != 0 {
+        let header: [u8; 512] = archive[at..at + 512].try_into().expect("a block");
+        let len = tar::Header::from_byte_slice(&header).entry_size().expect("a size") as usize;
+        let end = at + 512 + len;
+        at = end.next_multiple_of(512);
+        if end < at {
+            let mut spoilt = archive.clone();
+            spoilt[end] = 1;
+            assert_refused!(refused(&compress(&spoilt)), PackError::Member { .. }, "padded with something else");
+            padded += 1;
+        }
+    }
+    assert!(padded > 10, "{padded} members are padded");
 }
 
 #[test]

@@ -206,7 +206,7 @@ impl Ended {
     fn agrees(&self, received: Received) -> Result<()> {
         let Self { memory, answered, .. } = *self;
         ensure!(memory == answered + 1, "memory has {memory}, the peer had answered {answered}");
-        let newest = |slot: u64| memory.checked_sub((memory + SLOTS - slot) % SLOTS).unwrap_or(0);
+        let newest = |slot: u64| memory.saturating_sub((memory + SLOTS - slot) % SLOTS);
         for (slot, &found) in (0..).zip(&self.slots) {
             let expected = newest(slot);
             ensure!(found == expected, "memory has {memory}, but block {slot} of the file {found} and not {expected}");

@@ -187,7 +187,8 @@ mod tests {
 
     #[test]
     fn everything_hangs_from_what_it_came_from() {
-        let point = CheckpointInfo { name: "cp-1".into(), created_at_unix: 0, pause_us: 5, private_bytes: None };
+        let point = serde_json::json!({"name": "cp-1", "created_at_unix": 0, "pause_us": 5, "place": "disk"});
+        let point: CheckpointInfo = serde_json::from_value(point).expect("valid");
         let extra = Extra { private_bytes: None, checkpoints: vec![point] };
         let family = Family {
             snapshots: vec![

@@ -72,7 +72,8 @@ impl FromStr for Target {
         let (name, version) = text.split_once('@').unwrap_or((text, LATEST));
         let word = |text: &str| {
             let legal = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
-            !text.is_empty() && text.bytes().all(legal)
+            // A word that begins with a dot is a path that was meant.
+            !text.is_empty() && !text.starts_with('.') && text.bytes().all(legal)
         };
         match name.split_once('/') {
             Some((owner, package)) if word(owner) && word(package) && word(version) => {

@@ -109,7 +109,7 @@ impl Archive {
         let mut padding = [0; BLOCK];
         let padding = &mut padding[..(padded(len) - len) as usize];
         self.fill(padding)?;
-        if false {
+        if padding.iter().any(|&byte| byte != 0) {
             return Err(PackError::member(&self.within, "is padded with something else than zeros"));
         }
         Ok(())
