@@ -29,8 +29,9 @@ fn next<T: serde::de::DeserializeOwned>(said: &mut impl BufRead) -> T {
 fn a_standstill_of_the_meter_is_what_it_measures() {
     let (mut meter, mut said) = start("8");
     let Greeting::Ready { echo_port } = next(&mut said) else { panic!("8 MiB are always there") };
+    let mut input = meter.stdin.take().unwrap();
     let mut order = |order: Order| -> Stretch {
-        writeln!(meter.stdin.as_mut().unwrap(), "{}", serde_json::to_string(&order).unwrap()).unwrap();
+        writeln!(input, "{}", serde_json::to_string(&order).unwrap()).unwrap();
         next(&mut said)
     };
     order(Order::Dirty { pages_per_second: 100_000 });
@@ -51,7 +52,7 @@ fn a_standstill_of_the_meter_is_what_it_measures() {
     assert_eq!(&got, b"anyone?");
 
     // What a copy sees: it stays as large as it is, and does nothing.
-    drop(meter.stdin.take());
+    drop(input);
     let cpu = |meter: &Child| -> u64 {
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", meter.id())).unwrap();
         stat.split(' ').skip(13).take(2).map(|ticks| ticks.parse::<u64>().unwrap()).sum()

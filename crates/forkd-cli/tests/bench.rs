@@ -11,13 +11,15 @@ use assert_cmd::Command;
 use libtest_mimic::{Arguments, Failed, Trial};
 use serde_json::Value;
 
+type Check = fn() -> Result<(), Failed>;
+
 fn main() {
     let arguments = Arguments::from_args();
     let missing = missing();
     if let Some(reason) = &missing {
         let _ = writeln!(std::io::stderr(), "SKIPPED, every test of this file: {reason}");
     }
-    let trials: [(&str, fn() -> Result<(), Failed>); 2] = [
+    let trials: [(&str, Check); 2] = [
         ("the_smallest_run_of_branches_reports_every_field", branches),
         ("the_smallest_chain_reports_every_field", chain),
     ];

@@ -100,43 +100,18 @@ fn gather(runs: &[Area], shortest: u64) -> Vec<Area> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Layer, LayerWriter};
-    use forkd_types::PAGE_SIZE;
+    use crate::Layer;
+    use crate::chain::tests::{layer, written};
     use proptest::prelude::*;
 
     const PAGES: u64 = 200;
-
-    /// What a layer says of each page: stored, zero or nothing.
-    type Says = Vec<Option<bool>>;
-
-    fn says() -> impl Strategy<Value = Says> {
-        let run = (prop_oneof![2 => Just(None), 2 => Just(Some(true)), 1 => Just(Some(false))], 1_usize..8);
-        prop::collection::vec(run, 1..60).prop_map(|runs| {
-            let pages = runs.into_iter().flat_map(|(says, count)| std::iter::repeat_n(says, count));
-            pages.chain(std::iter::repeat(None)).take(PAGES as usize).collect()
-        })
-    }
-
-    fn layer(says: &Says) -> Layer {
-        let file = tempfile::tempfile().expect("scratch");
-        let mut writer = LayerWriter::new(file.try_clone().expect("dup"), PageCount(PAGES)).expect("begin");
-        for (page, says) in (0..).zip(says) {
-            match says {
-                Some(true) => writer.store(page, &[1; PAGE_SIZE as usize]).expect("store"),
-                Some(false) => writer.mark_zero(PageRun { first: page, count: 1 }),
-                None => {}
-            }
-        }
-        writer.finish().expect("finish");
-        Layer::open(file).expect("open")
-    }
 
     proptest! {
         #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
 
         #[test]
-        fn every_page_is_in_one_area_whose_file_has_it(says in prop::collection::vec(says(), 1..6), limit in 1_usize..40) {
-            let layers: Vec<Layer> = says.iter().map(layer).collect();
+        fn every_page_is_in_one_area_whose_file_has_it(says in prop::collection::vec(layer(PAGES), 1..6), limit in 1_usize..40) {
+            let layers: Vec<Layer> = says.iter().map(|says| written(says)).collect();
             let chain = LayerChain::new(layers.into(), PageCount(PAGES)).expect("one size");
             let areas = divide(&chain, PageCount(PAGES), limit);
             let mut page = 0;
@@ -164,11 +139,11 @@ mod tests {
 
     #[test]
     fn nothing_is_gathered_where_there_are_few_runs_and_the_shortest_go_first() {
-        let mut upper = vec![None; PAGES as usize];
+        let mut upper = [None; PAGES as usize];
         upper[10..20].fill(Some(true));
         upper[50] = Some(true);
         upper[52..60].fill(Some(false));
-        let chain = LayerChain::new(vec![layer(&vec![None; PAGES as usize]), layer(&upper)].into(), PageCount(PAGES));
+        let chain = LayerChain::new(vec![written(&[None; PAGES as usize]), written(&upper)].into(), PageCount(PAGES));
         let chain = chain.expect("one size");
         let sources =
             |limit| divide(&chain, PageCount(PAGES), limit).iter().map(|area| area.source).collect::<Vec<_>>();
@@ -179,7 +154,7 @@ mod tests {
 
     #[test]
     fn a_base_alone_is_one_area() {
-        let chain = LayerChain::new(vec![layer(&vec![Some(true); PAGES as usize])].into(), PageCount(PAGES));
+        let chain = LayerChain::new(vec![written(&[Some(true); PAGES as usize])].into(), PageCount(PAGES));
         let areas = divide(&chain.expect("one size"), PageCount(PAGES), 1);
         assert_eq!(areas, [Area { run: PageRun { first: 0, count: PAGES }, source: Source::Layer(0) }]);
     }

@@ -95,7 +95,7 @@ pub(crate) fn union<'a>(lists: impl IntoIterator<Item = &'a [PageRun]>) -> Vec<P
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::LayerWriter;
     use forkd_types::PAGE_SIZE;
@@ -103,18 +103,20 @@ mod tests {
 
     const PAGES: u64 = 60;
 
-    /// What one layer says of each page: stored, zero or nothing.
-    fn layer() -> impl Strategy<Value = Vec<Option<bool>>> {
+    /// What one layer says of each of `pages` pages: stored, zero or nothing.
+    pub(crate) fn layer(pages: u64) -> impl Strategy<Value = Vec<Option<bool>>> {
         let run = (prop_oneof![Just(None), Just(Some(true)), Just(Some(false))], 1_usize..8);
-        prop::collection::vec(run, 1..30).prop_map(|runs| {
-            let pages = runs.into_iter().flat_map(|(says, count)| std::iter::repeat_n(says, count));
-            pages.chain(std::iter::repeat(None)).take(PAGES as usize).collect()
+        prop::collection::vec(run, 1..60).prop_map(move |runs| {
+            let says = runs.into_iter().flat_map(|(says, count)| std::iter::repeat_n(says, count));
+            says.chain(std::iter::repeat(None)).take(pages as usize).collect()
         })
     }
 
-    fn written(says: &[Option<bool>]) -> Layer {
+    /// A layer that says it.
+    pub(crate) fn written(says: &[Option<bool>]) -> Layer {
         let file = tempfile::tempfile().expect("scratch");
-        let mut writer = LayerWriter::new(file.try_clone().expect("dup"), PageCount(PAGES)).expect("begin");
+        let pages = PageCount(says.len() as u64);
+        let mut writer = LayerWriter::new(file.try_clone().expect("dup"), pages).expect("begin");
         for (page, says) in (0..).zip(says) {
             match says {
                 Some(true) => writer.store(page, &[1; PAGE_SIZE as usize]).expect("store"),
@@ -128,7 +130,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn each_page_is_held_by_the_topmost_layer_that_speaks_of_it(layers in prop::collection::vec(layer(), 0..6)) {
+        fn each_page_is_held_by_the_topmost_layer_that_speaks_of_it(layers in prop::collection::vec(layer(PAGES), 0..6)) {
             let chain = LayerChain::new(layers.iter().map(|says| written(says)).collect(), PageCount(PAGES)).expect("one size");
             let held = chain.held();
             let runs: Vec<_> = held.iter().map(|piece| piece.run).collect();

@@ -106,6 +106,7 @@ impl<'a> CountingLoop<'a> {
         let mut forwarding = host
             .command(&["port-forward", "-q", sandbox.id().as_str(), &format!("0:{PORT}")])
             .stdout(Stdio::piped())
+            .stderr(Stdio::null())
             .spawn()?;
         let mut address = String::new();
         let stdout = forwarding.stdout.take().context("its output is piped")?;

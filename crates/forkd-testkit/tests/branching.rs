@@ -3,6 +3,7 @@
 use anyhow::{Result, ensure};
 use forkd_testkit::{CountingLoop, Host, Said, on_real_guests};
 use forkd_types::rest::{CheckpointInfo, SnapshotInfo, SnapshotStatus};
+use serde_json::Value;
 
 /// Removes what an earlier attempt of the test left.
 fn without(host: &Host, tags: &[&str]) -> Result<()> {
@@ -44,6 +45,53 @@ fn no_copy_disagrees_with_itself_or_with_a_peer_outside() -> Result<()> {
         host.forkd(&["rewind", id])?.success()?;
         counting.check(&source, received)?;
         host.wait_until("the peer hears of the rewind", || Ok(counting.broke().is_some()))
+    })
+}
+
+#[test]
+fn a_branch_is_measured_by_its_guest_and_from_outside() -> Result<()> {
+    on_real_guests(|host| {
+        let tag = &host.numpy()?.tag;
+        let arguments = ["--snapshot", tag, "--private", "16M,1024G", "--runs", "1", "--after", "1", "--json"];
+        let report: Value = host.forkd(&[&["bench", "branch"], &arguments[..]].concat())?.json()?;
+        let rows = report["rows"].as_array().map(Vec::as_slice).unwrap_or_default();
+        let subjects: Vec<_> = rows.iter().map(|row| (row["mode"].as_str(), row["kind"].as_str())).collect();
+        let kinds = ["copy", "checkpoint", "snapshot"].map(Some);
+        let expected = ["idle", "dirtying"].map(Some).into_iter().flat_map(|mode| kinds.map(|kind| (mode, kind)));
+        ensure!(subjects.iter().copied().eq(expected), "{subjects:?}");
+        for row in rows {
+            let number = |name: &str| row[name].as_f64();
+            ensure!(row["runs"] == 1 && row["private_mib"] == 16 && row["pages"] == "4k", "{row}");
+            ensure!(number("dirty_mib").is_some_and(|mib| mib >= 16.0), "the guest holds what it was told to: {row}");
+            // A ticker cannot be early, and while the monitor forks its guest does nothing.
+            for gap in ["gap_ms", "usual_gap_ms", "later_gap_ms", "usual_later_gap_ms"] {
+                ensure!(number(gap).is_some_and(|gap| gap >= 1.0), "{gap}: {row}");
+            }
+            for gap in ["tcp_gap_ms", "usual_tcp_gap_ms", "later_tcp_gap_ms", "usual_later_tcp_gap_ms"] {
+                ensure!(number(gap).is_some_and(|gap| gap > 0.0), "{gap}: {row}");
+            }
+            let (pause, gap) = (number("pause_ms").unwrap_or(0.0), number("gap_ms").unwrap_or(0.0));
+            match (row["kind"].as_str(), number("fork_ms")) {
+                // The daemon does not say where the time of a checkpoint went.
+                (Some("checkpoint"), None) => ensure!(pause > 0.0 && row["ratio"].is_null(), "{row}"),
+                (_, Some(fork)) => {
+                    ensure!(0.0 < fork && fork <= pause && fork * 0.95 <= gap, "{row}");
+                    ensure!(number("ratio").is_some_and(|ratio| ratio >= 1.0), "{row}");
+                }
+                (_, None) => anyhow::bail!("no fork: {row}"),
+            }
+            ensure!(number("answer_ms").is_some() == (row["kind"] == "copy"), "{row}");
+            ensure!(number("written_ms").is_some() == (row["kind"] == "snapshot"), "{row}");
+            let written_to = number("usual_dirtied_mib_per_s").unwrap_or(0.0);
+            ensure!((written_to > 0.0) == (row["mode"] == "dirtying"), "{row}");
+            let in_a_row = if row["mode"] == "idle" && row["kind"] == "copy" { 10 } else { 0 };
+            ensure!(row["in_a_row_ms"].as_array().is_some_and(|pauses| pauses.len() == in_a_row), "{row}");
+        }
+        let skipped = &report["skipped"];
+        ensure!(skipped[0]["private_mib"] == 1 << 20, "{skipped}");
+        skipped[0]["reason"].as_str().unwrap_or_default().says(&["has room for", "MiB"])?;
+        ensure!(host.snapshots()?.iter().all(|info| !info.tag.as_str().starts_with("bench-")), "a snapshot was left");
+        Ok(())
     })
 }
 

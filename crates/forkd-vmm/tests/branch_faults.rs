@@ -82,6 +82,8 @@ fn run_monitor() -> Result<(), Failure> {
     let control = io::stdin().as_fd().try_clone_to_owned()?;
     let ram = GuestRam::anonymous(MemoryLayout::new(MEMORY)?)?;
     ram.memory().write_slice(&PROGRAM, GuestAddress(CODE))?;
+    // Never zero, or its page would be stored only once the guest has run.
+    ram.memory().write_obj(1u32, GuestAddress(COUNTER))?;
     // Several runs, so that there are stages in the middle of a file.
     for page in [0x500, 0x600, 0x700] {
         ram.memory().write_slice(&[7; 3 * PAGE_SIZE as usize], GuestAddress(page * PAGE_SIZE))?;
