@@ -31,7 +31,7 @@ const CHUNK: usize = 256 << 10;
 /// Arguments of `forkd pull`.
 #[derive(Args, Debug)]
 pub(crate) struct PullArgs {
-    /// The pack: a URL, or OWNER/NAME[@VERSION] of an index
+    /// The pack: a URL, or OWNER/NAME or OWNER/NAME@VERSION of an index
     #[arg(value_name = "URL|PACKAGE")]
     target: String,
     /// The index: the URL or path of a registry.json

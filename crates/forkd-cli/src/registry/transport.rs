@@ -165,11 +165,12 @@ impl Transport {
 fn is_of_tls(error: &(dyn Error + 'static)) -> bool {
     let mut next = Some(error);
     while let Some(error) = next {
-        let wrapped = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
-        if error.is::<rustls::Error>() || wrapped.is_some_and(|wrapped| wrapped.is::<rustls::Error>()) {
+        if error.is::<rustls::Error>() {
             return true;
         }
-        next = error.source();
+        // An I/O error that holds another one names that one's source as its own.
+        let held = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
+        next = held.map(|held| held as &(dyn Error + 'static)).or_else(|| error.source());
     }
     false
 }
@@ -183,4 +184,22 @@ fn redirect(attempt: Attempt<'_>) -> reqwest::redirect::Action {
         return attempt.error(format!("it redirects more than {REDIRECTS} times"));
     }
     attempt.follow()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_certificate_does_not_get_better_by_waiting() {
+        let tls = || rustls::Error::General("unknown issuer".into());
+        for error in [io::Error::other(tls()), io::Error::other(io::Error::other(tls()))] {
+            assert!(is_of_tls(&error), "{error:?}");
+        }
+        for error in
+            [io::Error::other("other"), io::ErrorKind::ConnectionReset.into(), io::Error::other(io::Error::other("x"))]
+        {
+            assert!(!is_of_tls(&error), "{error:?}");
+        }
+    }
 }
