@@ -196,10 +196,13 @@ fn finish(shared: &Shared, arriving: &Path, moves: &mut Vec<Move>) -> Result<Pat
     }
     for Entry { tag, digest } in &record.snapshots {
         let own = arriving.join("snapshots").join(tag);
-        let is_new = fs::read(own.join(SNAPSHOT_JSON)).is_ok_and(|json| blake3::hash(&json) == *digest.as_bytes());
-        // What is here and is not the new one was exchanged for it.
-        if !is_new {
-            continue;
+        let json = own.join(SNAPSHOT_JSON);
+        match fs::read(&json) {
+            Ok(json) if blake3::hash(&json) == *digest.as_bytes() => {}
+            // What is here and is not the new one was exchanged for it.
+            Ok(_) => continue,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(StoreError::io("read", &json)(error)),
         }
         let place = shared.snapshot(tag);
         match durable::move_new(&own, &place)? {
