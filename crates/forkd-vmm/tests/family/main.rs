@@ -1,5 +1,5 @@
 //! Correctness of the whole family: random writes to memory and disk across a random tree of forks,
-//! branches, checkpoints, rewinds, snapshots and compactions, every node compared byte for byte with a model.
+//! branches, checkpoints, rewinds, snapshots, compactions and packs, every node compared byte for byte with a model.
 //!
 //! The monitors are processes of the real program, the store is the real one; the guest is a tiny one, so
 //! that a tree takes seconds on the real `/dev/kvm`, emulated or not. `FORKD_FAMILY_TREES` sets the number of

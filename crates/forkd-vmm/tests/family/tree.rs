@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use forkd_memory::Layer;
 use forkd_memory::layer::DATA_OFFSET;
 use forkd_proto::monitor::Contents;
+use forkd_store::pack::{PackOptions, UnpackOptions};
 use forkd_store::{Boot, CpuFacts, ParentRef, Snapshot, SnapshotMeta, Store};
 use forkd_types::{Digest, Tag};
 use proptest::prelude::*;
@@ -41,6 +42,8 @@ pub(crate) enum Act {
     Keep(Index, Over),
     /// A snapshot is written anew without a parent.
     Compact(Index),
+    /// A snapshot is packed with all that it builds on, unpacked in an empty store, and here under another name.
+    Carry(Index),
     /// A running guest ends.
     Kill(Index),
     /// A snapshot is removed, if no other needs it.
@@ -70,6 +73,7 @@ pub(crate) fn act() -> impl Strategy<Value = Act> {
         5 => (any::<Index>(), over(), seed()).prop_map(|(node, over, seed)| Act::Snapshot(node, over, seed)),
         2 => (any::<Index>(), over()).prop_map(|(frozen, over)| Act::Keep(frozen, over)),
         1 => any::<Index>().prop_map(Act::Compact),
+        1 => any::<Index>().prop_map(Act::Carry),
         1 => any::<Index>().prop_map(Act::Kill),
         1 => any::<Index>().prop_map(Act::Remove),
     ]
@@ -233,6 +237,11 @@ impl Family {
                 self.keep(&zygote, &model, Some(tag), Over::Nothing, || Ok(()))?;
                 zygote.end()
             }
+            Act::Carry(snapshot) => {
+                let Some(kept) = pick(&self.kept, snapshot) else { return Ok(()) };
+                let (tag, model) = (kept.tag.clone(), kept.model.clone());
+                self.carry(&tag, &model)
+            }
             Act::Kill(node) => {
                 // The last one stays: a family that died out has no more to show.
                 if self.running.len() == 1 {
@@ -336,17 +345,42 @@ impl Family {
         let mut meta = SnapshotMeta::new(tag.clone(), 1, &facts, bytes, &bases, self.boot.clone());
         meta.parent = parent.map(|parent| ParentRef { tag: parent.meta.tag, digest: parent.digest });
         self.store.publish(staged, meta, false)?;
-        let depth = self.store.chain(&tag)?.len() - 1;
-        self.made.snapshots += 1;
-        self.made.deepest = self.made.deepest.max(depth);
-        self.compare(&tag, model)?;
-        self.kept.push(Kept { tag: tag.clone(), depth, model: model.clone() });
+        self.added(&tag, model)?;
         Ok(tag)
     }
 
+    fn carry(&mut self, tag: &Tag, model: &Model) -> Result<(), Failure> {
+        let mut pack = Vec::new();
+        self.store.pack(tag, &PackOptions { level: 1, ..PackOptions::default() }, |_| ())?.write(&mut pack, |_| ())?;
+        let verify = |path: &Path| forkd_memory::layer::verify(path, |_| ());
+        let there = tempfile::tempdir()?;
+        let elsewhere = Store::open(there.path())?;
+        elsewhere.unpack(pack.as_slice(), &UnpackOptions::default(), verify, |_| ())?;
+        self.compare_in(&elsewhere, tag, model)?;
+        self.names += 1;
+        let name: Tag = format!("node-{}", self.names).parse()?;
+        let options = UnpackOptions { rename: Some(name.clone()), ..UnpackOptions::default() };
+        self.store.unpack(pack.as_slice(), &options, verify, |_| ())?;
+        self.added(&name, model)
+    }
+
+    /// Takes note of a published snapshot and compares it with `model`.
+    fn added(&mut self, tag: &Tag, model: &Model) -> Result<(), Failure> {
+        let depth = self.store.chain(tag)?.len() - 1;
+        self.made.snapshots += 1;
+        self.made.deepest = self.made.deepest.max(depth);
+        self.compare(tag, model)?;
+        self.kept.push(Kept { tag: tag.clone(), depth, model: model.clone() });
+        Ok(())
+    }
+
     fn compare(&mut self, tag: &Tag, model: &Model) -> Result<(), Failure> {
+        self.compare_in(&self.store.clone(), tag, model)
+    }
+
+    fn compare_in(&mut self, store: &Store, tag: &Tag, model: &Model) -> Result<(), Failure> {
         self.made.compared += 1;
-        let (found, expected) = (content(&self.store.chain(tag)?)?, model.content());
+        let (found, expected) = (content(&store.chain(tag)?)?, model.content());
         if found == expected {
             return Ok(());
         }
