@@ -183,11 +183,16 @@ impl Checkpoints {
 
     /// What is left to do when `points` are in no line any more.
     fn let_go(self: &Arc<Self>, id: &SandboxId, points: impl IntoIterator<Item = Checkpoint>) {
+        let mut left_a_snapshot = false;
         for point in points {
             point.end();
+            left_a_snapshot |= matches!(point.held, Held::Snapshot(_));
             self.host.database.forget_checkpoint(id.clone(), point.name);
         }
-        self.sweep_soon();
+        // Most sandboxes end without: a sweep lists the whole store, and the next regular one finds the rest.
+        if left_a_snapshot {
+            self.sweep_soon();
+        }
     }
 
     /// Brings `sandbox` back to a checkpoint; those taken after it go. Also brings back one that ended.
