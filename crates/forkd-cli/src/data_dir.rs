@@ -19,6 +19,8 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
+use anyhow::Context as _;
+
 use crate::environment;
 
 /// The data directory of this user.
@@ -68,9 +70,11 @@ impl DataDir {
         self.root.join("cache/digests")
     }
 
-    /// Programs and files of the benchmark.
-    pub(crate) fn bench(&self) -> PathBuf {
-        self.root.join("cache/bench")
+    /// Programs and files of the benchmarks; the directory is there afterwards.
+    pub(crate) fn bench(&self) -> anyhow::Result<PathBuf> {
+        let directory = self.root.join("cache/bench");
+        std::fs::create_dir_all(&directory).with_context(|| format!("could not create {}", directory.display()))?;
+        Ok(directory)
     }
 
     /// Packs that are being downloaded or sent.

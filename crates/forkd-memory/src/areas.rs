@@ -42,10 +42,10 @@ pub(crate) struct Area {
     pub(crate) source: Source,
 }
 
-/// Divides `pages` pages that `chain` describes into at most `limit` areas, if gathering runs below
+/// Divides `pages` pages, of which the layers of `chain` hold `held`, into at most `limit` areas, if gathering runs below
 /// [`GATHER_BELOW`] allows that: as few pages as possible are gathered, the shortest runs first.
-pub(crate) fn divide(chain: &LayerChain, pages: PageCount, limit: usize) -> Vec<Area> {
-    let runs = runs(chain, pages);
+pub(crate) fn divide(chain: &LayerChain, held: &[Held], pages: PageCount, limit: usize) -> Vec<Area> {
+    let runs = runs(chain, held, pages);
     let mut shortest = 1;
     loop {
         let areas = gather(&runs, shortest);
@@ -57,10 +57,9 @@ pub(crate) fn divide(chain: &LayerChain, pages: PageCount, limit: usize) -> Vec<
 }
 
 /// All pages, cut wherever their contents are in another file.
-fn runs(chain: &LayerChain, pages: PageCount) -> Vec<Area> {
+fn runs(chain: &LayerChain, held: &[Held], pages: PageCount) -> Vec<Area> {
     let upper = chain.layers().get(1..).unwrap_or_default();
     let covered = union(upper.iter().flat_map(|layer| [layer.data(), layer.zero()]));
-    let held = chain.held();
     let mut held = held.iter().filter(|held| held.layer > 0).peekable();
     let mut runs = Vec::new();
     let mut push = |first: u64, end: u64, source| {
@@ -113,7 +112,7 @@ mod tests {
         fn every_page_is_in_one_area_whose_file_has_it(says in prop::collection::vec(layer(PAGES), 1..6), limit in 1_usize..40) {
             let layers: Vec<Layer> = says.iter().map(|says| written(says)).collect();
             let chain = LayerChain::new(layers.into(), PageCount(PAGES)).expect("one size");
-            let areas = divide(&chain, PageCount(PAGES), limit);
+            let areas = divide(&chain, &chain.held(), PageCount(PAGES), limit);
             let mut page = 0;
             for area in &areas {
                 prop_assert_eq!(area.run.first, page);
@@ -145,8 +144,9 @@ mod tests {
         upper[52..60].fill(Some(false));
         let chain = LayerChain::new(vec![written(&[None; PAGES as usize]), written(&upper)].into(), PageCount(PAGES));
         let chain = chain.expect("one size");
-        let sources =
-            |limit| divide(&chain, PageCount(PAGES), limit).iter().map(|area| area.source).collect::<Vec<_>>();
+        let sources = |limit| {
+            divide(&chain, &chain.held(), PageCount(PAGES), limit).iter().map(|area| area.source).collect::<Vec<_>>()
+        };
         let (base, upper) = (Source::Layer(0), Source::Layer(1));
         assert_eq!(sources(7), [base, upper, base, upper, base, Source::Zero, base]);
         assert_eq!(sources(6), [base, upper, base, Source::Gathered, Source::Zero, base]);
@@ -155,7 +155,8 @@ mod tests {
     #[test]
     fn a_base_alone_is_one_area() {
         let chain = LayerChain::new(vec![written(&[Some(true); PAGES as usize])].into(), PageCount(PAGES));
-        let areas = divide(&chain.expect("one size"), PageCount(PAGES), 1);
+        let chain = chain.expect("one size");
+        let areas = divide(&chain, &chain.held(), PageCount(PAGES), 1);
         assert_eq!(areas, [Area { run: PageRun { first: 0, count: PAGES }, source: Source::Layer(0) }]);
     }
 }

@@ -341,18 +341,19 @@ fn map_zeros(base: NonNull<u8>, run: PageRun) -> Result<(), RamError> {
 
 /// Maps what the layers over the base say over the base, which is mapped at `base` already.
 fn map_upper(base: NonNull<u8>, chain: &LayerChain, pages: PageCount) -> Result<(), RamError> {
+    let held = chain.held();
     let mut scratch = None;
-    for Area { run, source } in areas::divide(chain, pages, areas::MOST_AREAS) {
+    for Area { run, source } in areas::divide(chain, &held, pages, areas::MOST_AREAS) {
         match source {
             Source::Layer(0) => {}
             Source::Layer(layer) => map_file(base, &chain.layers()[layer], run)?,
             Source::Zero => map_zeros(base, run)?,
             Source::Gathered => {
-                if scratch.is_none() {
-                    scratch = Some((gathering_file(pages)?, chain.held()));
-                }
-                let (file, held) = scratch.as_ref().expect("made just now");
-                gather(chain, held, run, file)?;
+                let file = match &scratch {
+                    Some(file) => file,
+                    None => scratch.insert(gathering_file(pages)?),
+                };
+                gather(chain, &held, run, file)?;
                 map(base, file, run, run.offset())?;
             }
         }

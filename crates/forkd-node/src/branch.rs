@@ -26,7 +26,7 @@ use crate::claims::Claims;
 use crate::database::Base;
 use crate::error::{NodeError, NodeResult, with_causes};
 use crate::host::{Host, blocking, unix_now};
-use crate::lineage::{LAYERS_LIMIT, adopt_layers, chain_of, describe, layer_count, lies_over};
+use crate::lineage::{adopt_layers, chain_of, contents_over, describe, lies_over};
 use crate::publication::Written;
 use crate::sandbox::Sandbox;
 use crate::snapshot_writer::SnapshotWriter;
@@ -192,8 +192,7 @@ impl Brancher {
         let _turn = sandbox.turn.lock().await;
         let running = sandbox.running()?;
         let Staged { staged, chain, over } = self.stage(sandbox, &order).await?;
-        let contents =
-            if layer_count(&chain) < LAYERS_LIMIT || order.layered { Contents::Changes } else { Contents::Whole };
+        let contents = if order.layered { Contents::Changes } else { contents_over(&chain) };
         if order.sync {
             let failed = |source| NodeError::Guest { what: "sync", id: sandbox.id.clone(), source };
             sandbox.guest()?.sync(SYNC_LIMIT).await.map_err(failed)?;

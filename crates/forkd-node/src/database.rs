@@ -158,6 +158,13 @@ pub(crate) struct Base {
     pub(crate) digest: Digest,
 }
 
+impl Base {
+    /// What two columns hold of it.
+    fn columns(base: Option<&Self>) -> (Option<&str>, Option<String>) {
+        base.map(|base| (base.tag.as_str(), base.digest.to_string())).unzip()
+    }
+}
+
 /// What a sandbox came from; equal for all that one request made.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) struct Origin {
@@ -255,6 +262,7 @@ impl Database {
                                       memory_limit_mib, disks, base_tag, base_digest, auto_checkpoint)
                  VALUES (?1, ?2, ?3, ?4, 'starting', ?5, ?6, ?7, ?8, ?9, ?10)",
             )?;
+            let (base_tag, base_digest) = Base::columns(origin.base.as_ref());
             (first..first + u64::from(count))
                 .map(|sequence| {
                     let id = SandboxId::new(origin.created_at_unix, sequence);
@@ -266,8 +274,8 @@ impl Database {
                         origin.created_at_unix,
                         origin.memory_limit_mib,
                         origin.disks,
-                        origin.base.as_ref().map(|base| base.tag.as_str()),
-                        origin.base.as_ref().map(|base| base.digest.to_string()),
+                        base_tag,
+                        base_digest,
                         origin.auto_checkpoint,
                     ])?;
                     Ok(id)
@@ -304,13 +312,10 @@ impl Database {
     /// Records what a sandbox changes from now on; does not wait.
     pub(crate) fn note_base(&self, id: SandboxId, base: Option<Base>) {
         self.post("note what a sandbox changes", move |db| {
+            let (tag, digest) = Base::columns(base.as_ref());
             db.execute(
                 "UPDATE sandbox SET base_tag = ?2, base_digest = ?3 WHERE id = ?1",
-                params![
-                    id.as_str(),
-                    base.as_ref().map(|base| base.tag.as_str()),
-                    base.as_ref().map(|base| base.digest.to_string())
-                ],
+                params![id.as_str(), tag, digest],
             )
         });
     }

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use forkd_proto::monitor::SnapshotFacts;
+use forkd_proto::monitor::{Contents, SnapshotFacts};
 use forkd_store::{DiskLayer, MemoryLayer, Snapshot, SnapshotMeta, StagedSnapshot, Store, StoreError};
 use forkd_types::{Digest, Tag};
 
@@ -11,10 +11,10 @@ use crate::host::unix_now;
 
 /// A snapshot that depends on no other is written whole when it would have more memory layers than this.
 /// Each is a descriptor of a zygote, and twice that with the disk's.
-pub(crate) const LAYERS_LIMIT: usize = 48;
+const LAYERS_LIMIT: usize = 48;
 
 /// How many layers of memory a chain has in all.
-pub(crate) fn layer_count(chain: &[Snapshot]) -> usize {
+fn layer_count(chain: &[Snapshot]) -> usize {
     chain.iter().map(|snapshot| snapshot.meta.memory_layers.len()).sum()
 }
 
@@ -25,6 +25,11 @@ pub(crate) fn describe(tag: &Tag, facts: &SnapshotFacts, origin: &SnapshotMeta, 
     meta.warm.clone_from(&origin.warm);
     meta.memory_backing = origin.memory_backing;
     meta
+}
+
+/// How much is written of a machine that changes `chain`, for a snapshot that is to depend on no other.
+pub(crate) fn contents_over(chain: &[Snapshot]) -> Contents {
+    if layer_count(chain) < LAYERS_LIMIT { Contents::Changes } else { Contents::Whole }
 }
 
 /// The snapshot `base` and all that it derives from, the base first. Nothing when it is gone, or when another

@@ -90,9 +90,7 @@ struct Depth {
 impl ChainBenchArgs {
     pub(crate) async fn run(self, context: &Context) -> anyhow::Result<u8> {
         let monitor = programs::companion("forkd-vmm")?;
-        let directory = context.data.bench();
-        std::fs::create_dir_all(&directory).with_context(|| format!("could not create {}", directory.display()))?;
-        let scratch = tempfile::tempdir_in(directory)?;
+        let scratch = tempfile::tempdir_in(context.data.bench()?)?;
         let title = format!("a chain of {} snapshots, {} copies of each", self.depth + 1, self.runs);
         let step = context.progress.step(title.clone());
         let mut command = Command::new(monitor);

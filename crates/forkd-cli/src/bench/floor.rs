@@ -22,7 +22,7 @@ pub(super) struct FloorProgram {
 impl FloorProgram {
     /// Compiles it, unless this very source was compiled before.
     pub(super) async fn compile(&self, context: &Context) -> anyhow::Result<PathBuf> {
-        let directory = context.data.bench();
+        let directory = context.data.bench()?;
         let hash = blake3::hash(self.source.as_bytes()).to_hex();
         let program = directory.join(format!("{}-{}", self.name, &hash[..16]));
         if program.is_file() {
@@ -35,7 +35,6 @@ impl FloorProgram {
                 "sudo apt-get install gcc libc6-dev",
             )
         })?;
-        std::fs::create_dir_all(&directory).with_context(|| format!("could not create {}", directory.display()))?;
         let scratch = tempfile::tempdir_in(&directory)?;
         let source = scratch.path().join(format!("{}.c", self.name));
         std::fs::write(&source, self.source)?;

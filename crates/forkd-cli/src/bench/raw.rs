@@ -109,7 +109,7 @@ impl RawBenchArgs {
         let monitor = programs::companion("forkd-vmm")?;
         let floor = FLOOR.compile(context).await?;
         // Both keep their memory images here, on the same file system.
-        let scratch = tempfile::tempdir_in(context.data.bench())?;
+        let scratch = tempfile::tempdir_in(context.data.bench()?)?;
         let mut results = Vec::new();
         for &memory in &self.memory {
             for &n in &self.n {

@@ -20,7 +20,7 @@ use crate::database::Base;
 use crate::error::{NodeError, NodeResult, with_causes};
 use crate::frozen::Frozen;
 use crate::host::{blocking, unix_now};
-use crate::lineage::{self, LAYERS_LIMIT};
+use crate::lineage;
 use crate::memory;
 use crate::publication::Written;
 use crate::snapshot_writer::SnapshotWriter;
@@ -106,8 +106,7 @@ impl Checkpoints {
         let failed = |reason: String| NodeError::Branch { tag: tag.clone(), reason };
         let (staged, chain) = staging.await??;
         let chain = chain.ok_or_else(|| failed(format!("the snapshot that {id} was forked from is gone")))?;
-        let layers = lineage::layer_count(&chain);
-        let contents = if layers < LAYERS_LIMIT { Contents::Changes } else { Contents::Whole };
+        let contents = lineage::contents_over(&chain);
         let writer = SnapshotWriter::fork(&self.host, &frozen.control, 0, &staged, contents).await;
         let writer = writer.map_err(|error| failed(error.to_string()))?;
         let (sandbox, pause_us) = (id.to_string(), point.pause_us);

@@ -36,11 +36,12 @@ impl Database {
     /// next start would end.
     pub(crate) fn note_checkpoint(&self, record: CheckpointRecord) {
         self.post("note a checkpoint", move |db| {
-            let base = record.base.as_ref();
+            let (base_tag, base_digest) = Base::columns(record.base.as_ref());
             let (process, disk) = match &record.place {
                 Place::Memory(key, name) => (Some((key, name)), None),
                 Place::Disk(snapshot) => (None, Some(snapshot)),
             };
+            let (disk_tag, disk_digest) = Base::columns(disk);
             if let Some((key, _)) = process {
                 db.execute("DELETE FROM helper WHERE pid = ?1 AND pid_started = ?2", params![key.pid, key.started])?;
             }
@@ -57,13 +58,13 @@ impl Database {
                     record.pause_us,
                     record.disks,
                     record.automatic,
-                    base.map(|base| base.tag.as_str()),
-                    base.map(|base| base.digest.to_string()),
+                    base_tag,
+                    base_digest,
                     process.map(|(key, _)| key.pid),
                     process.map(|(key, _)| key.started),
                     process.map(|(_, name)| name),
-                    disk.map(|disk| disk.tag.as_str()),
-                    disk.map(|disk| disk.digest.to_string()),
+                    disk_tag,
+                    disk_digest,
                 ],
             )
         });
@@ -90,12 +91,11 @@ impl Database {
 
 /// Nothing when a stored value makes no sense.
 fn record_from(row: &Row<'_>) -> rusqlite::Result<Option<CheckpointRecord>> {
-    let snapshot = |tag: &str, digest: &str| -> rusqlite::Result<Option<Base>> { base_from(row, tag, digest) };
     let process = match (row.get("pid")?, row.get("pid_started")?, row.get("process_name")?) {
         (Some(pid), Some(started), Some(name)) => Some(Place::Memory(ProcessKey { pid, started }, name)),
         _ => None,
     };
-    let disk = snapshot("disk_tag", "disk_digest")?.map(Place::Disk);
+    let disk = base_from(row, "disk_tag", "disk_digest")?.map(Place::Disk);
     let sandbox: String = row.get("sandbox")?;
     let (Ok(sandbox), Some(place)) = (sandbox.parse(), disk.or(process)) else { return Ok(None) };
     Ok(Some(CheckpointRecord {
@@ -105,7 +105,7 @@ fn record_from(row: &Row<'_>) -> rusqlite::Result<Option<CheckpointRecord>> {
         pause_us: row.get("pause_us")?,
         disks: row.get("disks")?,
         automatic: row.get("automatic")?,
-        base: snapshot("base_tag", "base_digest")?,
+        base: base_from(row, "base_tag", "base_digest")?,
         place,
     }))
 }

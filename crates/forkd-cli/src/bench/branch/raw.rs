@@ -158,7 +158,7 @@ impl RawBranchBench {
     pub(super) async fn run(self, context: &Context) -> anyhow::Result<u8> {
         let monitor = programs::companion("forkd-vmm")?;
         let floor = FLOOR.compile(context).await?;
-        let scratch = tempfile::tempdir_in(context.data.bench())?;
+        let scratch = tempfile::tempdir_in(context.data.bench()?)?;
         let bench = Bench { monitor: &monitor, floor: &floor, scratch: scratch.path(), context };
         let (mut rows, mut skipped) = (Vec::new(), Vec::new());
         for size in &self.private {

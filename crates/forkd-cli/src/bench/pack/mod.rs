@@ -104,9 +104,7 @@ impl PackBenchArgs {
     pub(crate) async fn run(self, context: &Context) -> anyhow::Result<u8> {
         let zstd = programs::in_path("zstd")
             .ok_or_else(|| advised(anyhow::anyhow!("there is no zstd to compare with"), "sudo apt-get install zstd"))?;
-        let directory = context.data.bench();
-        fs::create_dir_all(&directory).with_context(|| format!("could not create {}", directory.display()))?;
-        let scratch = tempfile::tempdir_in(&directory)?;
+        let scratch = tempfile::tempdir_in(context.data.bench()?)?;
         let (tag, given) = match &self.tag {
             Some(tag) => {
                 let path = scratch.path().join("given");
