@@ -83,6 +83,8 @@ fn branches() -> Result<(), Failed> {
         "4096G",
         "--runs",
         "1",
+        "--gap-runs",
+        "1",
         "--soak",
         "2",
         "--json",
@@ -98,6 +100,13 @@ fn branches() -> Result<(), Failed> {
             assert!(row[figure].as_f64().is_some_and(|value| value > 0.0), "{figure}: {row}");
         }
         assert_eq!(row["in_a_row_ms"].as_array().map(Vec::len), Some(10), "{row}");
+        for guest in ["idle", "dirtying"] {
+            let gaps = &row[guest];
+            assert_eq!(gaps["runs"].as_u64(), Some(1), "{row}");
+            for figure in ["pause_ms", "gap_ms", "gap_ratio", "usual_gap_ms", "later_gap_ms", "written_ms"] {
+                assert!(gaps[figure].as_f64().is_some_and(|value| value > 0.0), "{guest} {figure}: {row}");
+            }
+        }
     }
     assert_eq!(report["soak"]["branches"], 2, "{report}");
     assert_eq!(report["soak"]["leaked_processes"], 0, "{report}");

@@ -1,8 +1,8 @@
 //! The monitor of one virtual machine.
 //!
 //! Started by the node with a connected control socket as standard input; see
-//! `forkd_proto::monitor` for what is said on it. `forkd-vmm bench-raw`, `bench-branch` and
-//! `bench-chain` measure copies of a tiny built-in guest instead.
+//! `forkd_proto::monitor` for what is said on it. `forkd-vmm bench-raw`, `bench-branch`,
+//! `bench-gap` and `bench-chain` measure copies of a tiny built-in guest instead.
 
 use std::os::fd::AsFd;
 use std::process::ExitCode;
@@ -19,6 +19,10 @@ fn main() -> ExitCode {
             Err(error) => fail(&error),
         },
         Some("bench-branch") => match forkd_vmm::raw::branch_bench::main(arguments) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => fail(&error),
+        },
+        Some("bench-gap") => match forkd_vmm::raw::gap_bench::main(arguments) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => fail(&error),
         },

@@ -199,7 +199,7 @@ impl Case {
         command.arg("bench-raw").args(["--runs", "2"]).arg("--n").arg(self.n.to_string());
         command.arg("--memory-mib").arg(self.memory.as_mib().to_string());
         command.arg("--touched-mib").arg(self.touched_mib().to_string());
-        command.arg("--scratch").arg(scratch).arg("--json");
+        command.arg("--scratch").arg(scratch);
         let text = run(command, "forkd-vmm bench-raw").await?;
         parse_run(&text).with_context(|| format!("forkd-vmm bench-raw said: {}", text.trim()))
     }

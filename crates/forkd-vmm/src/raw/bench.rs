@@ -1,6 +1,6 @@
 //! `forkd-vmm bench-raw`: the time from a request to copies whose guests have run.
 
-use std::io::{Read, Write};
+use std::io::Read;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -9,6 +9,7 @@ use forkd_types::StageTimings;
 use serde::Serialize;
 
 use super::guest::Failure;
+use super::subcommand;
 use super::zygote::{RawZygote, Size};
 
 /// What was asked for.
@@ -40,28 +41,19 @@ pub fn main(arguments: impl Iterator<Item = String>) -> Result<(), String> {
     run(&options).map_err(|error| format!("bench-raw: {error}"))
 }
 
-fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options, String> {
+fn parse(arguments: impl Iterator<Item = String>) -> Result<Options, String> {
     let size = Size { memory_mib: 512, touched_mib: 64 };
     let mut options = Options { children: 1, runs: 1, size, scratch: std::env::temp_dir() };
-    while let Some(name) = arguments.next() {
-        if name == "--json" {
-            continue; // The only output there is.
-        }
-        let value = arguments.next().ok_or_else(|| format!("{name} needs a value"))?;
-        let number = || value.parse::<u64>().map_err(|_| format!("{name} {value}: not a whole number"));
-        match name.as_str() {
-            "--n" => options.children = number()? as usize,
-            "--runs" => options.runs = number()? as usize,
-            "--memory-mib" => options.size.memory_mib = number()?,
-            "--touched-mib" => options.size.touched_mib = number()?,
-            "--scratch" => options.scratch = value.into(),
-            _ => {
-                return Err(format!(
-                    "unknown option {name}; there are --n --runs --memory-mib --touched-mib --scratch"
-                ));
-            }
-        }
-    }
+    subcommand::read(
+        arguments,
+        &mut [
+            ("--n", &mut options.children),
+            ("--runs", &mut options.runs),
+            ("--memory-mib", &mut options.size.memory_mib),
+            ("--touched-mib", &mut options.size.touched_mib),
+            ("--scratch", &mut options.scratch),
+        ],
+    )?;
     if !(1..=1000).contains(&options.children) {
         return Err(format!("--n {}: 1 to 1000 copies can be made", options.children));
     }
@@ -69,13 +61,10 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options, String>
 }
 
 fn run(options: &Options) -> Result<(), Failure> {
-    raise_descriptor_limit();
+    subcommand::raise_descriptor_limit();
     let zygote = RawZygote::launch(&options.scratch, options.size)?;
     for _ in 0..options.runs {
-        let run = measure(options, &zygote)?;
-        let mut line = serde_json::to_vec(&run)?;
-        line.push(b'\n');
-        std::io::stdout().write_all(&line)?;
+        subcommand::print(&measure(options, &zygote)?)?;
     }
     Ok(())
 }
@@ -112,11 +101,4 @@ fn measure(options: &Options, zygote: &RawZygote) -> Result<Run, Failure> {
         forks_issued_ms: milliseconds(issued),
         per_child,
     })
-}
-
-/// A thousand copies take more descriptors than a shell usually allows.
-pub(super) fn raise_descriptor_limit() {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let limit = getrlimit(Resource::Nofile);
-    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
 }

@@ -2,16 +2,15 @@
 //! same memory.
 
 use std::collections::HashSet;
-use std::io::Write;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use forkd_types::StageTimings;
 use serde::Serialize;
 
-use super::bench::raise_descriptor_limit;
 use super::guest::Failure;
-use super::source::{Branched, Pages, Source};
+use super::source::{Branched, Guest, Pages, Source};
+use super::subcommand::{self, microseconds};
 
 /// After how many branches of a soak the source is looked at.
 const SOAK_STEP: usize = 100;
@@ -80,7 +79,7 @@ pub fn main(arguments: impl Iterator<Item = String>) -> Result<(), String> {
     run(&options).map_err(|error| format!("bench-branch: {error}"))
 }
 
-fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options, String> {
+fn parse(arguments: impl Iterator<Item = String>) -> Result<Options, String> {
     let mut options = Options {
         private_mib: 64,
         pages: Pages::Small,
@@ -89,51 +88,33 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options, String>
         soak: 0,
         scratch: std::env::temp_dir(),
     };
-    while let Some(name) = arguments.next() {
-        let value = arguments.next().ok_or_else(|| format!("{name} needs a value"))?;
-        let number = || value.parse::<u64>().map_err(|_| format!("{name} {value}: not a whole number"));
-        match name.as_str() {
-            "--private-mib" => options.private_mib = number()?,
-            "--pages" => {
-                options.pages = match value.as_str() {
-                    "4k" => Pages::Small,
-                    "thp" => Pages::TransparentHuge,
-                    _ => return Err(format!("--pages {value}: there are 4k and thp")),
-                };
-            }
-            "--rounds" => options.rounds = number()? as usize,
-            "--in-a-row" => options.in_a_row = number()? as usize,
-            "--soak" => options.soak = number()? as usize,
-            "--scratch" => options.scratch = value.into(),
-            _ => {
-                return Err(format!(
-                    "unknown option {name}; there are --private-mib --pages --rounds --in-a-row --soak --scratch"
-                ));
-            }
-        }
-    }
+    subcommand::read(
+        arguments,
+        &mut [
+            ("--private-mib", &mut options.private_mib),
+            ("--pages", &mut options.pages),
+            ("--rounds", &mut options.rounds),
+            ("--in-a-row", &mut options.in_a_row),
+            ("--soak", &mut options.soak),
+            ("--scratch", &mut options.scratch),
+        ],
+    )?;
     Ok(options)
 }
 
 fn run(options: &Options) -> Result<(), Failure> {
-    raise_descriptor_limit();
-    let source = Source::launch(&options.scratch, options.private_mib, options.pages)?;
+    subcommand::raise_descriptor_limit();
+    let source = Source::launch(&options.scratch, options.private_mib, options.pages, Guest::Waiting)?;
     let report = Report {
         private_mib: options.private_mib,
         memory_mib: source.memory_mib(),
-        pages: match options.pages {
-            Pages::Small => "4k",
-            Pages::TransparentHuge => "thp",
-        },
-        huge_mib: status_kib(source.pid(), "smaps_rollup", "AnonHugePages:")? >> 10,
+        pages: options.pages.name(),
+        huge_mib: source.huge_mib()?,
         rounds: (0..options.rounds).map(|number| round(&source, number)).collect::<Result<_, _>>()?,
         in_a_row_us: in_a_row(&source, options.in_a_row)?,
         soak: (options.soak > 0).then(|| soak(&source, options.soak)).transpose()?,
     };
-    let mut line = serde_json::to_vec(&report)?;
-    line.push(b'\n');
-    std::io::stdout().write_all(&line)?;
-    Ok(())
+    Ok(subcommand::print(&report)?)
 }
 
 /// The two take turns in going first, so that neither profits from what the other warmed; each is alone.
@@ -194,7 +175,7 @@ fn step(source: &Source, branches: usize, pauses: &mut Vec<Duration>) -> Result<
     Ok(Step {
         branches,
         pause_us: median(pauses).map(microseconds),
-        rss_kib: status_kib(source.pid(), "status", "VmRSS:")?,
+        rss_kib: source.kib("status", "VmRSS:")?,
         descriptors: std::fs::read_dir(format!("/proc/{}/fd", source.pid()))?.count(),
     })
 }
@@ -204,13 +185,6 @@ fn median(values: &mut Vec<Duration>) -> Option<Duration> {
     let mut values = std::mem::take(values);
     values.sort_unstable();
     values.get(values.len() / 2).copied()
-}
-
-/// A figure in KiB from a file of `/proc/PID`.
-fn status_kib(pid: i32, file: &str, field: &str) -> Result<u64, Failure> {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/{file}"))?;
-    let value = text.lines().find_map(|line| line.strip_prefix(field)?.split_whitespace().next());
-    value.and_then(|value| value.parse().ok()).ok_or_else(|| format!("/proc/{pid}/{file} has no {field}").into())
 }
 
 /// Processes whose parent is `pid`, dead ones that nobody reaped included.
@@ -231,10 +205,6 @@ fn children(pid: i32) -> Result<HashSet<i32>, Failure> {
 /// The parent in what `/proc/PID/stat` says: `PID (NAME) STATE PARENT …`; names may hold anything.
 fn parent(stat: &str) -> Option<i32> {
     stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
-}
-
-fn microseconds(duration: Duration) -> f64 {
-    (duration.as_secs_f64() * 1e7).round() / 10.0
 }
 
 #[cfg(test)]

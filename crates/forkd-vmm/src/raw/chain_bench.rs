@@ -1,6 +1,6 @@
 //! `forkd-vmm bench-chain`: copies of snapshots over ever more others, in turns.
 
-use std::io::{Read, Write};
+use std::io::Read;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -8,9 +8,9 @@ use forkd_proto::monitor::{self, Command};
 use forkd_types::{PAGE_SIZE, StageTimings};
 use serde::Serialize;
 
-use super::bench::raise_descriptor_limit;
 use super::chain::Chain;
 use super::guest::Failure;
+use super::subcommand::{self, microseconds};
 use super::zygote::{RawZygote, Size};
 
 /// What was asked for.
@@ -54,31 +54,27 @@ pub fn main(arguments: impl Iterator<Item = String>) -> Result<(), String> {
     run(&options).map_err(|error| format!("bench-chain: {error}"))
 }
 
-fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options, String> {
+fn parse(arguments: impl Iterator<Item = String>) -> Result<Options, String> {
     let mut options = Options {
         depth: 16,
         runs: 10,
         size: Size { memory_mib: 512, touched_mib: 64 },
-        changed_pages: (4 << 20) / PAGE_SIZE,
+        changed_pages: 0,
         scratch: std::env::temp_dir(),
     };
-    while let Some(name) = arguments.next() {
-        let value = arguments.next().ok_or_else(|| format!("{name} needs a value"))?;
-        let number = || value.parse::<u64>().map_err(|_| format!("{name} {value}: not a whole number"));
-        match name.as_str() {
-            "--depth" => options.depth = number()? as usize,
-            "--runs" => options.runs = number()? as usize,
-            "--memory-mib" => options.size.memory_mib = number()?,
-            "--touched-mib" => options.size.touched_mib = number()?,
-            "--changed-mib" => options.changed_pages = (number()? << 20) / PAGE_SIZE,
-            "--scratch" => options.scratch = value.into(),
-            _ => {
-                return Err(format!(
-                    "unknown option {name}; there are --depth --runs --memory-mib --touched-mib --changed-mib --scratch"
-                ));
-            }
-        }
-    }
+    let mut changed_mib: u64 = 4;
+    subcommand::read(
+        arguments,
+        &mut [
+            ("--depth", &mut options.depth),
+            ("--runs", &mut options.runs),
+            ("--memory-mib", &mut options.size.memory_mib),
+            ("--touched-mib", &mut options.size.touched_mib),
+            ("--changed-mib", &mut changed_mib),
+            ("--scratch", &mut options.scratch),
+        ],
+    )?;
+    options.changed_pages = changed_mib.saturating_mul((1 << 20) / PAGE_SIZE);
     let limit = options.size.memory_mib << 20 >> 2;
     if options.changed_pages * PAGE_SIZE > limit {
         return Err(format!("--changed-mib: at most a quarter of memory, {} MiB, can change", limit >> 20));
@@ -87,7 +83,7 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options, String>
 }
 
 fn run(options: &Options) -> Result<(), Failure> {
-    raise_descriptor_limit();
+    subcommand::raise_descriptor_limit();
     let mut chain = Chain::begin(&options.scratch, options.size)?;
     for _ in 0..options.depth {
         chain.grow(options.changed_pages)?;
@@ -122,10 +118,7 @@ fn run(options: &Options) -> Result<(), Failure> {
         }
     }
     let report = Report { memory_mib: options.size.memory_mib, touched_mib: options.size.touched_mib, depths };
-    let mut line = serde_json::to_vec(&report)?;
-    line.push(b'\n');
-    std::io::stdout().write_all(&line)?;
-    Ok(())
+    Ok(subcommand::print(&report)?)
 }
 
 /// One copy, until its guest has run; it is gone when this returns.
@@ -141,10 +134,6 @@ fn spawn(zygote: &RawZygote) -> Result<(Duration, StageTimings), Failure> {
         let _ = control.read_to_end(&mut Vec::new());
     }
     Ok((took, stages))
-}
-
-fn microseconds(duration: Duration) -> f64 {
-    (duration.as_secs_f64() * 1e7).round() / 10.0
 }
 
 #[cfg(test)]

@@ -6,18 +6,22 @@
 //! control socket.
 //!
 //! A zygote's guest stands still until it is copied; the guest of a [`source`] runs, that is, waits for
-//! an interrupt, and is copied while it does.
+//! an interrupt or watches its clock ([`ticking_guest`]), and is copied while it does.
 
 pub mod bench;
 pub mod branch_bench;
 mod chain;
 pub mod chain_bench;
 mod drivers;
+pub mod gap_bench;
 mod guest;
 pub mod source;
+mod subcommand;
+pub mod ticking_guest;
 mod waiting_guest;
 pub mod zygote;
 
 pub use guest::Failure;
-pub use source::{Branched, Pages, Source};
+pub use source::{Branched, Guest, Pages, Source, Writing};
+pub use ticking_guest::{Watch, Window};
 pub use zygote::{Copies, RawZygote, Size};

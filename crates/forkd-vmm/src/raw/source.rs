@@ -12,16 +12,21 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use forkd_kvm::Kvm;
+use forkd_kvm::{Kvm, Vcpu};
 use forkd_memory::{Backing, GuestRam, Layer, LayerWriter, MemoryLayout};
-use forkd_proto::monitor::{self, Command, Event, Role, StopReason};
-use forkd_types::StageTimings;
+use forkd_proto::monitor::{self, Command, Contents, Event, Role, StopReason};
+use forkd_types::{PAGE_SIZE, StageTimings};
 use rustix::fs::{Advice, Mode, OFlags};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend as _};
 
 use super::guest::{self, Failure, Private};
+use super::subcommand::Setting;
+use super::ticking_guest::{self, Watch};
 use super::waiting_guest;
+use crate::address_map::HIGH_MEMORY;
 use crate::event_loop::{Ending, EventLoop};
 use crate::fork::{self, Side};
+use crate::machine::Machine;
 
 /// How long the source or a copy may take to say something before it is given up.
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -38,6 +43,17 @@ pub enum Pages {
     TransparentHuge,
 }
 
+/// What the guest of a source does.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Guest {
+    /// It waits for an interrupt, as an idle Linux does. Its copies print when they have run.
+    Waiting,
+    /// It watches its clock, and can be followed with a [`Watch`].
+    Ticking,
+    /// It watches its clock and writes to its private memory, over and over.
+    Dirtying,
+}
+
 /// A machine that runs; it ends when this is dropped, and its floor with it.
 #[derive(Debug)]
 pub struct Source {
@@ -45,6 +61,8 @@ pub struct Source {
     floor: UnixStream,
     pid: i32,
     memory_mib: u64,
+    /// Where guest memory begins in the source's process.
+    guest_memory: u64,
     scratch: PathBuf,
     /// What the source's guest printed; held so that the other end stays connected.
     _console: PipeReader,
@@ -64,10 +82,50 @@ pub struct Branched {
     control: UnixStream,
 }
 
+/// A snapshot that a copy of the source is writing.
+#[derive(Debug)]
+pub struct Writing {
+    /// How long the source stood still, as its monitor timed it.
+    pub pause: Duration,
+    /// Where that time went.
+    pub pause_stages: StageTimings,
+    start: Instant,
+    control: UnixStream,
+}
+
+impl Pages {
+    /// As it is called on the command line and in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Small => "4k",
+            Self::TransparentHuge => "thp",
+        }
+    }
+}
+
+impl Setting for Pages {
+    fn set(&mut self, value: &str) -> Result<(), String> {
+        let all = [Self::Small, Self::TransparentHuge];
+        *self = all.into_iter().find(|pages| pages.name() == value).ok_or("there are 4k and thp")?;
+        Ok(())
+    }
+}
+
+impl Guest {
+    /// As it is called on the command line and in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Waiting => "waiting",
+            Self::Ticking => "idle",
+            Self::Dirtying => "dirtying",
+        }
+    }
+}
+
 impl Source {
     /// Starts the guest with `private_mib` MiB of private memory in a process of its own. Scratch files
     /// have no name and lie in `scratch`.
-    pub fn launch(scratch: &Path, private_mib: u64, pages: Pages) -> Result<Self, Failure> {
+    pub fn launch(scratch: &Path, private_mib: u64, pages: Pages, guest: Guest) -> Result<Self, Failure> {
         let memory_mib = (private_mib + SPARE_MIB).next_multiple_of(2).max(128);
         let layout = MemoryLayout::new(memory_mib << 20)?;
         let private = Private::new(scratch)?;
@@ -85,7 +143,8 @@ impl Source {
                 ]);
                 let console = File::from(OwnedFd::from(console_end));
                 let memory = memory(scratch, layout, private_mib << 20, pages);
-                fork::exit(hold(memory, private, console, control_theirs.into(), floor_theirs));
+                let load = |machine: &Machine, vcpu: &Vcpu| load(guest, machine, vcpu, private_mib << 20);
+                fork::exit(hold(memory, load, private, console, control_theirs.into(), floor_theirs));
             }
             Side::Parent(pid) => pid,
         };
@@ -96,9 +155,17 @@ impl Source {
         }
         control.set_read_timeout(Some(DEADLINE))?;
         floor.set_read_timeout(Some(DEADLINE))?;
-        // It prints when it is about to sleep.
+        let mut guest_memory = [0; 8];
+        (&floor).read_exact(&mut guest_memory)?;
+        let guest_memory = u64::from_le_bytes(guest_memory);
+        // It prints when it is about to sleep or to tick.
         console.read_exact(&mut [0])?;
-        Ok(Self { control, floor, pid, memory_mib, scratch: scratch.to_owned(), _console: console })
+        Ok(Self { control, floor, pid, memory_mib, guest_memory, scratch: scratch.to_owned(), _console: console })
+    }
+
+    /// Follows a guest that watches its clock.
+    pub fn watch(&self) -> Result<Watch, Failure> {
+        Watch::begin(self.pid, self.guest_memory)
     }
 
     /// Process id of the source's monitor.
@@ -109,6 +176,19 @@ impl Source {
     /// Size of the source's guest memory.
     pub fn memory_mib(&self) -> u64 {
         self.memory_mib
+    }
+
+    /// How much of the source's memory is in huge pages, MiB.
+    pub fn huge_mib(&self) -> Result<u64, Failure> {
+        Ok(self.kib("smaps_rollup", "AnonHugePages:")? >> 10)
+    }
+
+    /// A figure in KiB that the kernel keeps of the source's process, from a file of `/proc/PID`.
+    pub(super) fn kib(&self, file: &str, field: &str) -> Result<u64, Failure> {
+        let path = format!("/proc/{}/{file}", self.pid);
+        let text = std::fs::read_to_string(&path)?;
+        let value = text.lines().find_map(|line| line.strip_prefix(field)?.split_whitespace().next());
+        value.and_then(|value| value.parse().ok()).ok_or_else(|| format!("{path} has no {field}").into())
     }
 
     /// Branches the source and waits until the copy's guest has run.
@@ -139,6 +219,26 @@ impl Source {
         Ok(Branched { pause: Duration::from_micros(pause_us), pause_stages, running, running_stages, control })
     }
 
+    /// Has a copy of the source write itself into `directory`, which is empty. Returns when the source runs again.
+    pub fn snapshot(&self, directory: &Path) -> Result<Writing, Failure> {
+        let (control, theirs) = UnixStream::pair()?;
+        control.set_read_timeout(Some(DEADLINE))?;
+        let overlay = Private::new(&self.scratch)?.overlay;
+        let directory = File::open(directory)?;
+        let roles = [Role::Control, Role::SnapshotDir, Role::DiskOverlay];
+        let command = Command::Snapshot { fds: roles.to_vec(), contents: Contents::Changes };
+        let start = Instant::now();
+        monitor::send(&self.control, &command, &[theirs.as_fd(), directory.as_fd(), overlay.as_fd()])?;
+        drop(theirs);
+        match monitor::receive(&self.control)?.0 {
+            Event::Forked { pause_us, stages, .. } => {
+                let pause = Duration::from_micros(pause_us);
+                Ok(Writing { pause, pause_stages: stages, start, control })
+            }
+            other => Err(format!("the source did not branch: {other:?}").into()),
+        }
+    }
+
     /// Has the floor fork once and returns how long that took.
     pub fn bare_fork(&self) -> Result<Duration, Failure> {
         (&self.floor).write_all(&[0])?;
@@ -164,6 +264,29 @@ impl Branched {
     }
 }
 
+impl Writing {
+    /// Waits until the snapshot is written and its writer gone; the time from the request until it was written.
+    pub fn finish(mut self) -> Result<Duration, Failure> {
+        let event = monitor::receive(&self.control)?.0;
+        let took = self.start.elapsed();
+        self.control.read_to_end(&mut Vec::new())?;
+        match event {
+            Event::Written { .. } => Ok(took),
+            other => Err(format!("the snapshot was not written: {other:?}").into()),
+        }
+    }
+}
+
+/// Writes the guest into the machine's memory and points its vCPU at it.
+fn load(guest: Guest, machine: &Machine, vcpu: &Vcpu, private_bytes: u64) -> Result<(), Failure> {
+    let (memory, layout) = (machine.ram.memory(), machine.ram.layout());
+    match guest {
+        Guest::Waiting => waiting_guest::load(memory, vcpu),
+        Guest::Ticking => ticking_guest::load(memory, layout, vcpu, None),
+        Guest::Dirtying => ticking_guest::load(memory, layout, vcpu, Some(private_bytes)),
+    }
+}
+
 /// Guest memory of which `private_bytes` are private and the rest is a snapshot's.
 fn memory(scratch: &Path, layout: MemoryLayout, private_bytes: u64, pages: Pages) -> Result<GuestRam, Failure> {
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
@@ -174,7 +297,13 @@ fn memory(scratch: &Path, layout: MemoryLayout, private_bytes: u64, pages: Pages
         Pages::TransparentHuge => Backing::TransparentHugePages,
     };
     let ram = GuestRam::from_layers(layout, [Layer::open(file.try_clone()?)?], backing)?;
-    waiting_guest::fill(&ram, private_bytes)?;
+    for region in layout.regions() {
+        let end = private_bytes.min(region.offset + region.bytes);
+        for offset in (region.offset.max(HIGH_MEMORY)..end).step_by(PAGE_SIZE as usize) {
+            // Otherwise on each page, and nowhere zero.
+            ram.memory().write_obj(offset / PAGE_SIZE, GuestAddress(region.guest_address + offset - region.offset))?;
+        }
+    }
     // Each private page was a page of the file first, which nobody needs any more.
     let _ = rustix::fs::fadvise(&file, 0, None, Advice::DontNeed);
     Ok(ram)
@@ -183,6 +312,7 @@ fn memory(scratch: &Path, layout: MemoryLayout, private_bytes: u64, pages: Pages
 /// The source's process: splits off the floor, then runs the machine until the control connection ends.
 fn hold(
     memory: Result<GuestRam, Failure>,
+    load: impl FnOnce(&Machine, &Vcpu) -> Result<(), Failure>,
     private: Private,
     console: File,
     control: OwnedFd,
@@ -193,11 +323,13 @@ fn hold(
             fork::close_all_but(&[floor.as_raw_fd()]);
             fork::exit(i32::from(serve_floor(&floor).is_err()));
         }
+        let guest_memory = ram.memory().get_host_address(GuestAddress(0))?.addr() as u64;
+        (&floor).write_all(&guest_memory.to_le_bytes())?;
         drop(floor);
         fork::reap_children_automatically();
         let mut machine = guest::machine(Arc::new(Kvm::open()?), ram, private, console)?;
         let vcpu = machine.first_vcpu().expect("it was not started yet");
-        waiting_guest::point_at(machine.ram.memory(), vcpu)?;
+        load(&machine, vcpu)?;
         machine.start()?;
         Ok(machine)
     });

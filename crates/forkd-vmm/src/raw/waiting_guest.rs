@@ -5,12 +5,11 @@
 //! newline on a console says that a *copy's* guest has run.
 
 use forkd_kvm::{Vcpu, kvm_regs};
-use forkd_memory::{GuestMemory, GuestRam};
-use forkd_types::PAGE_SIZE;
+use forkd_memory::GuestMemory;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::guest::Failure;
-use crate::address_map::{BOOT_STACK, EVENT_GSI, HIGH_MEMORY, IO_APIC, LOCAL_APIC};
+use crate::address_map::{BOOT_STACK, EVENT_GSI, IO_APIC, LOCAL_APIC};
 use crate::boot::{CODE_SELECTOR, enter_protected_mode};
 
 /// Where the code is.
@@ -55,7 +54,7 @@ fn handler() -> Vec<u8> {
 }
 
 /// `mov edx, 0x3f8; mov al, '\n'; out dx, al`
-const PRINT_NEWLINE: [u8; 8] = [0xba, 0xf8, 0x03, 0x00, 0x00, 0xb0, 0x0a, 0xee];
+pub(super) const PRINT_NEWLINE: [u8; 8] = [0xba, 0xf8, 0x03, 0x00, 0x00, 0xb0, 0x0a, 0xee];
 /// `sti; hlt; jmp` back to `sti`
 const SLEEP: [u8; 4] = [0xfb, 0xf4, 0xeb, 0xfc];
 
@@ -67,24 +66,11 @@ fn store(address: u32, value: u32) -> [u8; 10] {
     code
 }
 
-/// Writes the guest into `ram`, and a word into every page from 1 MiB up to the offset `private_bytes`, so
-/// that those pages are private.
-pub(super) fn fill(ram: &GuestRam, private_bytes: u64) -> Result<(), Failure> {
-    let memory = ram.memory();
+/// Writes the guest into `memory` and points `vcpu`, which has not run yet, at it.
+pub(super) fn load(memory: &GuestMemory, vcpu: &Vcpu) -> Result<(), Failure> {
     memory.write_slice(&program(), GuestAddress(CODE))?;
     memory.write_slice(&handler(), GuestAddress(HANDLER))?;
     memory.write_obj(gate(HANDLER as u32), GuestAddress(INTERRUPT_TABLE + u64::from(VECTOR) * 8))?;
-    for region in ram.layout().regions() {
-        let end = private_bytes.min(region.offset + region.bytes);
-        for offset in (region.offset.max(HIGH_MEMORY)..end).step_by(PAGE_SIZE as usize) {
-            memory.write_obj(offset / PAGE_SIZE, GuestAddress(region.guest_address + offset - region.offset))?;
-        }
-    }
-    Ok(())
-}
-
-/// Points `vcpu`, which has not run yet, at the program.
-pub(super) fn point_at(memory: &GuestMemory, vcpu: &Vcpu) -> Result<(), Failure> {
     enter_protected_mode(memory, vcpu)?;
     let mut sregs = vcpu.sregs()?;
     sregs.idt.base = INTERRUPT_TABLE;

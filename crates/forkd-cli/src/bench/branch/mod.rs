@@ -4,6 +4,7 @@
 //! `--raw` of a tiny built-in guest ([`raw`]), which runs where KVM is emulated, next to two floors of the host.
 
 mod echo;
+mod gaps;
 mod meter;
 mod raw;
 mod real;
@@ -55,6 +56,10 @@ pub(crate) struct BranchBenchArgs {
     /// Back the guest's memory with huge pages
     #[arg(long, conflicts_with = "raw")]
     hugepages: bool,
+    /// Branches per row and guest as the guest sees them, up to 1 GiB private, each written to disk
+    #[arg(long, value_name = "N", default_value_t = 6, requires = "raw",
+          value_parser = clap::value_parser!(u32).range(0..=1000))]
+    gap_runs: u32,
     /// Branches from one source at the end, to find what leaks or slows down
     #[arg(long, value_name = "N", default_value_t = 200, requires = "raw",
           value_parser = clap::value_parser!(u32).range(0..=5000))]
@@ -98,7 +103,8 @@ impl BranchBenchArgs {
         };
         if self.raw {
             let (private, runs) = (private(&RAW_SIZES), self.runs.unwrap_or(20));
-            return RawBranchBench { private, runs, soak: self.soak, json: self.json }.run(context).await;
+            let (gap_runs, soak, json) = (self.gap_runs, self.soak, self.json);
+            return RawBranchBench { private, runs, gap_runs, soak, json }.run(context).await;
         }
         let bench = RealBranchBench {
             private: private(&REAL_SIZES),

@@ -3,7 +3,8 @@
 //! The floor of the pause is a bare `fork(2)` of the same memory, page for page, in a process of the same
 //! size that does nothing else; it takes turns with the branches (`forkd-vmm bench-branch`). The floor of
 //! the time until the copy's guest has run is `limits/branch_limit.c`, which does the same with bare KVM; it
-//! takes turns with blocks of branches. Medians of both are compared.
+//! takes turns with blocks of branches. Medians of both are compared. What a guest that runs notices of all that,
+//! it says itself ([`super::gaps`]).
 
 use std::path::Path;
 
@@ -14,6 +15,8 @@ use tokio::process::Command;
 
 use super::super::Host;
 use super::super::floor::{FloorProgram, field, run};
+use super::gaps::{self, GapBench, Gaps};
+use super::report::Mode;
 use super::stage_medians;
 use crate::commands::Context;
 use crate::statistics::{Summary, median, summarise};
@@ -39,6 +42,8 @@ pub(super) struct RawBranchBench {
     pub(super) private: Vec<ByteSize>,
     /// Branches per size and kind of pages.
     pub(super) runs: u32,
+    /// Branches of each guest that says what it notices, per size and kind of pages.
+    pub(super) gap_runs: u32,
     /// Branches from one source at the end.
     pub(super) soak: u32,
     /// Print the result as JSON.
@@ -73,6 +78,10 @@ struct Row {
     limit_pause_ms: Option<f64>,
     /// Pause of each of ten branches in a row whose copies all stay, median over the blocks.
     in_a_row_ms: Vec<f64>,
+    /// What a guest notices that only watches its clock; absent where that was not measured.
+    idle: Option<Gaps>,
+    /// What a guest notices that writes to its private memory as well.
+    dirtying: Option<Gaps>,
     pause: Summary,
     fork: Summary,
     running: Summary,
@@ -169,7 +178,12 @@ impl RawBranchBench {
                 continue;
             }
             for pages in ["4k", "thp"] {
-                rows.push(bench.row(private_mib, pages, self.runs).await?);
+                let mut row = bench.row(private_mib, pages, self.runs).await?;
+                if private_mib <= gaps::MOST_PRIVATE_MIB && self.gap_runs > 0 {
+                    let [idle, dirtying] = bench.gaps(private_mib, pages, self.gap_runs).await?;
+                    (row.idle, row.dirtying) = (Some(idle), Some(dirtying));
+                }
+                rows.push(row);
             }
         }
         let soak = if self.soak > 0 { Some(bench.soak(self.soak).await?) } else { None };
@@ -184,7 +198,8 @@ impl RawBranchBench {
 
     fn command(&self) -> String {
         let sizes: String = self.private.iter().map(|size| format!(" --private {}M", size.as_mib())).collect();
-        format!("forkd bench branch --raw{sizes} --runs {} --soak {}", self.runs, self.soak)
+        let (runs, gap_runs, soak) = (self.runs, self.gap_runs, self.soak);
+        format!("forkd bench branch --raw{sizes} --runs {runs} --gap-runs {gap_runs} --soak {soak}")
     }
 }
 
@@ -213,6 +228,17 @@ impl Bench<'_> {
             }
         };
         Ok(Row::new(private_mib, pages, &blocks, &limits))
+    }
+
+    async fn gaps(&self, private_mib: u64, pages: &'static str, runs: u32) -> anyhow::Result<[Gaps; 2]> {
+        let count = units::count(runs as usize, "snapshot");
+        let title = format!("{private_mib} MiB private, {pages} pages, {count} as the guest sees them");
+        let step = self.context.progress.step(title.clone());
+        step.set_items(runs.into());
+        let bench = GapBench { monitor: self.monitor, scratch: self.scratch, private_mib, pages };
+        let gaps = bench.run(runs, |made| step.set_position(made.into())).await?;
+        step.done(title);
+        Ok(gaps)
     }
 
     async fn soak(&self, branches: u32) -> anyhow::Result<Soak> {
@@ -266,6 +292,8 @@ impl Row {
             running_ratio: limit_running_ms.map(|limit| running.p50 / limit),
             limit_pause_ms: of_limits(|limit| limit.pause_ms),
             in_a_row_ms: in_a_row(blocks),
+            idle: None,
+            dirtying: None,
             pause,
             fork,
             running,
@@ -325,6 +353,10 @@ impl Report {
             output::line(format_args!("  of the pause: {}", list(&row.pause_stages_us)))?;
             output::line(format_args!("  of the copy:  {}", list(&row.running_stages_us)))?;
         }
+        gaps::print(self.rows.iter().flat_map(|row| {
+            let modes = [(Mode::Idle, &row.idle), (Mode::Dirtying, &row.dirtying)];
+            modes.into_iter().filter_map(|(mode, gaps)| Some((row.private_mib, row.pages, mode, gaps.as_ref()?)))
+        }))?;
         if let Some(soak) = &self.soak {
             soak.print()?;
         }

@@ -36,7 +36,7 @@ pub(super) struct Row {
     lost: Vec<String>,
     /// How long the source stood still, as its monitor timed it: quiesce, seal, fork.
     pause_ms: f64,
-    /// What fork(2) took of that; not known of a checkpoint.
+    /// What fork(2) took of that; of a checkpoint an older daemon does not say it.
     fork_ms: Option<f64>,
     /// `pause_ms` divided by `fork_ms`.
     ratio: Option<f64>,

@@ -50,7 +50,7 @@ enum Made {
 #[derive(Clone, Debug)]
 pub(super) struct Branch {
     pub(super) pause_us: u64,
-    /// Where the pause went; not known of a checkpoint.
+    /// Where the pause went; of a checkpoint an older daemon does not say it.
     pub(super) stages: Option<StageTimings>,
     /// Of a copy: from the request until its agent had answered.
     pub(super) answered_us: Option<u64>,
@@ -197,14 +197,14 @@ impl Source {
             BranchKind::Checkpoint => {
                 let info = self.client.checkpoint(&self.id, &CheckpointRequest::default()).await?;
                 self.made.push(Made::Checkpoint(info.name));
-                Ok(Branch { pause_us: info.pause_us, stages: None, answered_us: None })
+                Ok(Branch { pause_us: info.pause_us, stages: info.stages, answered_us: None })
             }
             BranchKind::Snapshot => self.snapshot().await,
         }
     }
 
     async fn copy(&mut self) -> anyhow::Result<Branch> {
-        let report = self.client.fork(&self.id, &ForkRequest { n: 1, memory_limit_mib: None }).await?;
+        let report = self.client.fork(&self.id, &ForkRequest::of(1)).await?;
         self.made.extend(report.sandboxes.into_iter().map(|copy| Made::Copy(copy.id)));
         let Some(timings) = report.timings.first() else {
             let why = report.failures.first().map_or("no reason given", |failure| &failure.error);
