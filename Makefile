@@ -39,10 +39,10 @@ unit:
 # Tests on real virtual machines, with the programs of `make build`; inside `forkd machine` where
 # this host's KVM cannot run Linux.
 vm:
-	RUST_BACKTRACE=0 FORKD_BIN_DIR=$(CURDIR)/$(BIN) cargo test --locked --package forkd-testkit -- --test-threads=2
+	RUST_BACKTRACE=0 FORKD_BIN_DIR=$(CURDIR)/$(BIN) cargo test --locked --package forkd-testkit -- --test-threads=3
 
 fuzz:
-	@scripts/fuzz 20
+	@scripts/fuzz 15
 
 clean:
 	cargo clean

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use cargo_metadata::{DependencyKind, MetadataCommand};
 
 /// All crates, ground first.
-const ORDER: [&str; 16] = [
+const ORDER: [&str; 17] = [
     "forkd-types",
     "forkd-proto",
     "forkd-kvm",
@@ -23,13 +23,14 @@ const ORDER: [&str; 16] = [
     "forkd-agent",
     "forkd-machine",
     "forkd-controller",
+    "forkd-mcp",
     "forkd-cli",
     "forkd-testkit",
     "xtask",
 ];
 
 /// Imports that the order would allow and that are wrong all the same, own crates and others.
-const FORBIDDEN: [(&str, &[&str]); 10] = [
+const FORBIDDEN: [(&str, &[&str]); 11] = [
     ("forkd-types", &["tokio", "rustix", "libc"]),
     ("forkd-proto", &["tokio"]),
     ("forkd-kvm", &["forkd-memory", "forkd-proto", "tokio"]),
@@ -39,6 +40,7 @@ const FORBIDDEN: [(&str, &[&str]); 10] = [
     ("forkd-vmm", &["tokio", "axum", "hyper", "forkd-store"]),
     ("forkd-node", &["axum", "hyper", "forkd-vmm", "forkd-kvm", "forkd-devices"]),
     ("forkd-api", &["forkd-vmm", "forkd-kvm", "forkd-devices"]),
+    ("forkd-mcp", &["forkd-machine", "forkd-node", "forkd-api", "forkd-controller", "hyper"]),
     ("forkd-agent", &["forkd-kvm", "forkd-memory", "forkd-store", "forkd-devices", "forkd-vmm", "forkd-node"]),
 ];
 

@@ -10,13 +10,15 @@ pub fn code_of(error: &io::Error) -> FailureCode {
     match error.kind() {
         io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => FailureCode::NotFound,
         io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => FailureCode::Denied,
-        io::ErrorKind::InvalidInput
-        | io::ErrorKind::NotADirectory
+        io::ErrorKind::InvalidInput | io::ErrorKind::InvalidFilename => FailureCode::Invalid,
+        io::ErrorKind::NotADirectory
         | io::ErrorKind::IsADirectory
         | io::ErrorKind::DirectoryNotEmpty
         | io::ErrorKind::AlreadyExists
-        | io::ErrorKind::CrossesDevices
-        | io::ErrorKind::InvalidFilename => FailureCode::Invalid,
+        | io::ErrorKind::ResourceBusy
+        | io::ErrorKind::ExecutableFileBusy
+        | io::ErrorKind::CrossesDevices => FailureCode::Conflict,
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => FailureCode::NoSpace,
         io::ErrorKind::TimedOut => FailureCode::TimedOut,
         _ => FailureCode::Internal,
     }

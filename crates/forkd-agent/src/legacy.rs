@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 use crate::agent::Agent;
 use crate::connection::Connection;
-use crate::runtimes::{Language, Scope};
+use crate::runtimes::{Gone, Language, Scope};
 use crate::{exec, failure, requests};
 
 /// The TCP port of this protocol in a guest.
@@ -73,6 +73,7 @@ fn failed(failure: &Failure) -> Value {
         FailureCode::Denied => "PermissionError",
         FailureCode::Invalid => "ValueError",
         FailureCode::TimedOut => "TimeoutExpired",
+        FailureCode::Conflict | FailureCode::NoSpace => "OSError",
         FailureCode::Internal => "RuntimeError",
     };
     refused(kind, &failure.message)
@@ -173,7 +174,7 @@ fn evaluate(agent: &Agent, connection: &Connection, request: &Value) -> Result<V
     };
     let evaluated = match agent.evaluating_warmup() {
         Some(warmup) => warmup.evaluate(code, None)?,
-        None => agent.runtimes.run(Some(language), code, Scope::Single, None, connection)?,
+        None => agent.runtimes.run(Some(language), code, Scope::Single, None, (connection, Gone::WhenBroken))?,
     };
     Ok(match (evaluated.error, language) {
         (Some(trace), Language::Python) => {

@@ -7,6 +7,7 @@ use forkd_proto::frame::{FrameError, Kind};
 
 use crate::agent::Agent;
 use crate::connection::Connection;
+use crate::files::transfer::Range;
 use crate::token::Token;
 use crate::{exec, failure, files, identity, poweroff, runtimes, tunnel};
 
@@ -55,10 +56,17 @@ fn refuse(connection: Connection, code: FailureCode, message: &str) -> Result<()
 fn carry_out(agent: &Agent, connection: Connection, request: Request) -> Result<(), FrameError> {
     let answer = match request {
         Request::Exec(request) => return exec::serve(agent, connection, &request),
-        Request::ReadFile { path } => return files::transfer::send(&connection, &path),
+        Request::ReadFile { path } => return files::transfer::send(&connection, &path, Range::default()),
+        Request::ReadRange { path, offset, length } => {
+            return files::transfer::send(&connection, &path, Range { offset, length });
+        }
         Request::WriteFile { path, mode, parents } => {
             return files::transfer::receive(connection, &path, mode, parents);
         }
+        Request::Archive { path } => return files::archive::send(&connection, &path),
+        Request::Extract { path, owners } => return files::archive::receive(connection, &path, owners),
+        Request::Watch { path, recursive } => return files::watch::serve(&connection, &path, recursive),
+        Request::List { path, pages: true } => return files::send_listing(&connection, &path),
         Request::Tunnel { port } => return tunnel::serve(connection, port),
         Request::Shutdown => return poweroff::serve(agent, connection),
         Request::Eval(request) => evaluate(agent, &connection, &request).map(Response::Evaluated),
@@ -67,7 +75,7 @@ fn carry_out(agent: &Agent, connection: Connection, request: Request) -> Result<
         Request::Identify(request) => {
             identity::take_on(agent, &request).map(|warnings| Response::Identified { warnings })
         }
-        Request::List { path } => files::list(&path).map(|entries| Response::Listing { entries }),
+        Request::List { path, pages: false } => files::list(&path).map(|entries| Response::Listing { entries }),
         Request::Stat { path } => files::stat(&path).map(Response::Stat),
         Request::Remove { path, recursive } => files::remove(&path, recursive).map(|()| Response::Done),
         Request::MakeDir { path } => files::make_directory(&path).map(|()| Response::Done),

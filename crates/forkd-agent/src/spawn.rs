@@ -124,6 +124,13 @@ fn become_program(on_terminal: bool, credentials: Option<&Credentials>, keeps: &
     if on_terminal {
         rustix::process::ioctl_tiocsctty(rustix::stdio::stdin())?;
     }
+    // What an agent's parent ignored, as shells do SIGINT for what runs in the background, its programs must not:
+    // dispositions other than handlers pass through exec.
+    for signal in 1..=libc::SIGRTMAX() {
+        // SAFETY: this thread is alone in its process, which has no handlers of its own that could be missed. Signals
+        // that cannot be changed are refused.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    }
     if let Some(credentials) = credentials {
         rustix::thread::set_thread_groups(&credentials.groups)?;
         let (uid, gid) = (credentials.uid, credentials.gid);

@@ -1,7 +1,10 @@
-//! Carries bytes between a client and a TCP port on the guest's loopback.
+//! Carries bytes between a client and a TCP port of the guest.
+//!
+//! The port is looked for where servers listen: on the two loopback addresses, which every server that listens on
+//! all addresses has too, then on the guest's own address, for one that listens there only.
 
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpStream, UdpSocket};
 use std::time::Duration;
 
 use forkd_proto::agent::Response;
@@ -17,7 +20,8 @@ pub fn serve(connection: Connection, port: u16) -> Result<(), FrameError> {
     let server = match connect(port) {
         Ok(server) => server,
         Err(error) => {
-            let told = connection.fail(failure::from_io(format_args!("cannot connect to 127.0.0.1:{port}"), &error));
+            let told =
+                connection.fail(failure::from_io(format_args!("cannot connect to port {port} of the guest"), &error));
             connection.close_gently();
             return told;
         }
@@ -37,15 +41,27 @@ pub fn serve(connection: Connection, port: u16) -> Result<(), FrameError> {
     Ok(())
 }
 
-/// A server may listen on either loopback address.
+/// Connects to the first address that has the port; the error is that of the first.
 fn connect(port: u16) -> std::io::Result<TcpStream> {
     let limit = Duration::from_secs(10);
-    let server =
-        TcpStream::connect_timeout(&SocketAddr::from((Ipv4Addr::LOCALHOST, port)), limit).or_else(|error| {
-            TcpStream::connect_timeout(&SocketAddr::from((Ipv6Addr::LOCALHOST, port)), limit).map_err(|_| error)
-        })?;
+    let mut outcome = TcpStream::connect_timeout(&SocketAddr::from((Ipv4Addr::LOCALHOST, port)), limit);
+    if outcome.is_err() {
+        let others = [IpAddr::V6(Ipv6Addr::LOCALHOST)].into_iter().chain(own_address());
+        let found = others.filter_map(|address| TcpStream::connect_timeout(&(address, port).into(), limit).ok()).next();
+        outcome = found.map_or(outcome, Ok);
+    }
+    let server = outcome?;
     server.set_nodelay(true)?;
     Ok(server)
+}
+
+/// The address that the guest would speak from to the outside, if it has a way there. Nothing is sent to find out.
+fn own_address() -> Option<IpAddr> {
+    let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).ok()?;
+    // An address for documentation, which is routed like any other.
+    socket.connect((Ipv4Addr::new(192, 0, 2, 1), 9)).ok()?;
+    let own = socket.local_addr().ok()?.ip();
+    (!own.is_loopback() && !own.is_unspecified()).then_some(own)
 }
 
 /// Client to server, until the client half-closes. When either side is gone, so is the tunnel.

@@ -180,6 +180,18 @@ fn control_c_on_a_terminal_interrupts() {
 }
 
 #[test]
+fn programs_ignore_no_signal() {
+    // As a shell starts what runs in the background; the agent inherits it from this thread's process.
+    let ignoring = "trap '' INT QUIT TERM HUP; exec \"$0\" \"$@\"";
+    let agent = Agent::start_by(&["sh", "-c", ignoring]);
+    let outcome = agent.exec(sh("grep SigIgn /proc/self/status"));
+    let ignored = outcome.text().trim_start_matches("SigIgn:").trim();
+    // The C library keeps signals 32 and 33 to itself, whatever they were found to be.
+    let ignored = u64::from_str_radix(ignored, 16).unwrap() & !(0b11 << 31);
+    assert_eq!(ignored, 0, "{ignored:x}");
+}
+
+#[test]
 fn signals_reach_the_whole_group() {
     let agent = Agent::start();
     let mut client =

@@ -87,7 +87,7 @@ fn failures_of_files_are_told_even_after_much_was_sent() {
         other => panic!("{other:?}"),
     };
     assert_eq!(fails(write(&agent, "/nowhere/file", &pieces, 0o644, false)).code, FailureCode::NotFound);
-    assert_eq!(fails(write(&agent, "/usr", &pieces, 0o644, false)).code, FailureCode::Invalid);
+    assert_eq!(fails(write(&agent, "/usr", &pieces, 0o644, false)).code, FailureCode::Conflict);
     assert_eq!(read(&agent, "/nowhere").unwrap_err().code, FailureCode::NotFound);
     assert!(read(&agent, "/usr").unwrap_err().message.contains("directory"));
     assert!(read(&agent, "/dev/zero").unwrap_err().message.contains("regular"));
@@ -101,7 +101,7 @@ fn directories_are_listed_and_changed() {
     let path = |name: &str| root.path().join(name).to_str().unwrap().to_owned();
     assert_eq!(agent.request(&Request::MakeDir { path: path("a/b") }), Response::Done);
     assert_eq!(write(&agent, &path("a/f"), &[b"x"], 0o600, false), Response::Done);
-    match agent.request(&Request::List { path: path("a") }) {
+    match agent.request(&Request::List { path: path("a"), pages: false }) {
         Response::Listing { entries } => {
             let names: Vec<_> = entries.iter().map(|entry| entry.name.as_str()).collect();
             assert_eq!(names, ["b", "f"]);
@@ -176,6 +176,9 @@ fn json_lines_are_answered_as_existing_clients_expect() {
     }
     let sum = agent.legacy(r#"{"action":"eval","code":"1 + 1"}"#, false);
     assert_eq!(sum, serde_json::json!({"result": "2", "exit_code": 0}));
+    // A client that has said all it will say is still there, however long its code takes.
+    let slow = r#"{"action":"eval","code":"[__import__('time').sleep(0.5), 3][1]"}"#;
+    assert_eq!(agent.legacy(slow, true), serde_json::json!({"result": "3", "exit_code": 0}));
     let statement = agent.legacy(r#"{"action":"eval","code":"x = 1"}"#, false);
     assert!(statement["traceback"].as_str().unwrap().contains("SyntaxError"), "{statement}");
 }

@@ -2,9 +2,14 @@
 
 use axum::extract::rejection::{JsonRejection, QueryRejection};
 use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::sse::Event;
 use axum::response::{IntoResponse, Response};
 use forkd_node::NodeError;
 use forkd_types::rest::ErrorBody;
+
+use crate::auth::{Principal, Scope};
+use crate::limits::Refusal;
+use crate::server::Remote;
 
 /// A result of a handler.
 pub(crate) type ApiResult<T> = Result<T, ApiError>;
@@ -15,6 +20,8 @@ pub(crate) struct ApiError {
     status: StatusCode,
     code: &'static str,
     message: String,
+    /// In seconds, when the same request may do better.
+    retry_after: Option<u64>,
 }
 
 impl ApiError {
@@ -37,6 +44,71 @@ impl ApiError {
     /// Another token was presented.
     pub(crate) fn invalid_token() -> Self {
         Self::new(StatusCode::UNAUTHORIZED, "invalid_token", "invalid bearer token")
+    }
+
+    /// The token may do less than the request needs.
+    pub(crate) fn forbidden_scope(needed: Scope, principal: &Principal) -> Self {
+        let message = format!("this needs a token of scope {needed}; {principal} has scope {}", principal.scope);
+        Self::new(StatusCode::FORBIDDEN, "forbidden_scope", message)
+    }
+
+    /// The process at the other end of the unix socket may not use it.
+    pub(crate) fn forbidden_peer(remote: Option<&Remote>) -> Self {
+        let who = remote.map_or_else(|| "a process that cannot be told".to_owned(), ToString::to_string);
+        let message =
+            format!("{who} may not use this socket; root, the daemon's own user and members of --socket-group may");
+        Self::new(StatusCode::FORBIDDEN, "forbidden_peer", message)
+    }
+
+    /// A client asks too much at once.
+    pub(crate) fn too_many(refusal: &Refusal) -> Self {
+        let retry_after = Some(refusal.retry_after.as_secs_f64().ceil().max(1.0) as u64);
+        let new = Self::new(StatusCode::TOO_MANY_REQUESTS, refusal.code, refusal.message.clone());
+        Self { retry_after, ..new }
+    }
+
+    /// The node cannot work.
+    pub(crate) fn not_ready(reasons: &[String]) -> Self {
+        let message = format!("not ready: {}", reasons.join("; "));
+        Self { retry_after: Some(2), ..Self::new(StatusCode::SERVICE_UNAVAILABLE, "not_ready", message) }
+    }
+
+    /// The body came too slowly.
+    pub(crate) fn slow_body(limit: std::time::Duration) -> Self {
+        let message = format!("the body was not there after {} s; send it at once", limit.as_secs());
+        Self::new(StatusCode::REQUEST_TIMEOUT, "slow_body", message)
+    }
+
+    /// The body is too large, or ended early.
+    pub(crate) fn unreadable_body(error: &axum::Error) -> Self {
+        use std::error::Error;
+        let too_large = error.source().is_some_and(|cause| cause.is::<http_body_util::LengthLimitError>());
+        match too_large {
+            true => Self::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", "the body has more than 2 MiB"),
+            false => Self::broken_body(format!("the body ended early: {error}")),
+        }
+    }
+
+    /// An answer of the daemon's own could not be read.
+    pub(crate) fn unreadable_answer(error: &axum::Error) -> Self {
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", format!("the answer was lost: {error}"))
+    }
+
+    /// A handler ended before its work.
+    pub(crate) fn interrupted() -> Self {
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "interrupted", "the request was interrupted")
+    }
+
+    /// A request with this idempotency key has not been answered yet.
+    pub(crate) fn key_under_way(key: &str) -> Self {
+        let message = format!("a request with Idempotency-Key {key:?} is under way; send it again for its answer");
+        Self { retry_after: Some(1), ..Self::new(StatusCode::CONFLICT, "idempotency_key_under_way", message) }
+    }
+
+    /// This idempotency key belongs to another request.
+    pub(crate) fn key_used_otherwise(key: &str) -> Self {
+        let message = format!("Idempotency-Key {key:?} was used for a request with another body; use a new key");
+        Self::new(StatusCode::UNPROCESSABLE_ENTITY, "idempotency_key_reused", message)
     }
 
     /// The request asks for things that exclude one another, or has a value that cannot be.
@@ -70,6 +142,28 @@ impl ApiError {
         Self::new(StatusCode::INSUFFICIENT_STORAGE, "no_space", format!("the store is out of disk space: {error}"))
     }
 
+    /// A file has no byte of the range that was asked for.
+    pub(crate) fn range_not_satisfiable(size: u64) -> Self {
+        let message = format!("the file has {size} bytes, none of them in the range that was asked for");
+        Self::new(StatusCode::RANGE_NOT_SATISFIABLE, "range_not_satisfiable", message)
+    }
+
+    /// A server in a guest is not there or does not answer as it should.
+    pub(crate) fn bad_gateway(code: &'static str, message: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_GATEWAY, code, message)
+    }
+
+    /// Message and code, for a stream whose status is out already.
+    pub(crate) fn into_parts(self) -> (String, &'static str) {
+        (self.message, self.code)
+    }
+
+    /// The last event of a stream whose status is out already.
+    pub(crate) fn into_event(self) -> Event {
+        let body = ErrorBody { error: self.message, code: Some(self.code.to_owned()) };
+        Event::default().event("error").data(crate::json_lines::text(&body))
+    }
+
     /// The route only makes sense on a connection that changes its protocol.
     pub(crate) fn upgrade_required(protocol: &'static str) -> Response {
         let message = format!("send \"Connection: Upgrade\" and \"Upgrade: {protocol}\"");
@@ -78,8 +172,13 @@ impl ApiError {
         response
     }
 
+    /// The stable code.
+    pub(crate) fn code(&self) -> &'static str {
+        self.code
+    }
+
     fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
-        Self { status, code, message: message.into() }
+        Self { status, code, message: message.into(), retry_after: None }
     }
 }
 
@@ -89,24 +188,35 @@ impl IntoResponse for ApiError {
             tracing::error!(status = self.status.as_u16(), code = self.code, "{}", self.message);
         }
         let body = ErrorBody { error: self.message, code: Some(self.code.to_owned()) };
-        (self.status, axum::Json(body)).into_response()
+        let mut response = (self.status, axum::Json(body)).into_response();
+        if let Some(seconds) = self.retry_after {
+            response.headers_mut().insert(header::RETRY_AFTER, seconds.into());
+        }
+        response
     }
 }
 
 impl From<NodeError> for ApiError {
     fn from(error: NodeError) -> Self {
-        Self::new(status_of(&error), error.code(), error.message())
+        let retry_after = matches!(error, NodeError::BranchesFull { .. }).then_some(1);
+        Self { retry_after, ..Self::new(status_of(&error), error.code(), error.message()) }
     }
 }
 
 /// The status of a node's error, chosen by its stable code.
 fn status_of(error: &NodeError) -> StatusCode {
     match error.code() {
-        "bad_tag" | "bad_spawn_count" | "bad_field" | "digest_mismatch" | "bad_pack" | "foreign_pack"
-        | "pack_version" | "pack_unsigned" | "pack_bad_signature" => StatusCode::BAD_REQUEST,
-        "sandbox_not_found" | "snapshot_not_found" | "blob_not_found" | "blob_missing" | "checkpoint_not_found" => {
-            StatusCode::NOT_FOUND
-        }
+        "bad_workspace_name" | "workspace_state" | "bad_ingredient" => StatusCode::BAD_REQUEST,
+        "workspace_not_found" => StatusCode::NOT_FOUND,
+        "workspace_exists" | "is_workspace_state" | "sandbox_suspending" => StatusCode::CONFLICT,
+        "bad_tag" | "bad_spawn_count" | "guest_invalid" | "bad_field" | "digest_mismatch" | "bad_pack"
+        | "foreign_pack" | "pack_version" | "pack_unsigned" | "pack_bad_signature" => StatusCode::BAD_REQUEST,
+        "guest_not_found"
+        | "sandbox_not_found"
+        | "snapshot_not_found"
+        | "blob_not_found"
+        | "blob_missing"
+        | "checkpoint_not_found" => StatusCode::NOT_FOUND,
         "sandbox_stopped"
         | "snapshot_not_ready"
         | "snapshot_exists"
@@ -118,9 +228,11 @@ fn status_of(error: &NodeError) -> StatusCode {
         | "checkpoint_exists"
         | "blob_in_use"
         | "is_checkpoint"
+        | "guest_conflict"
         | "references_unknown" => StatusCode::CONFLICT,
-        "kvm_unavailable" => StatusCode::SERVICE_UNAVAILABLE,
-        "no_space" => StatusCode::INSUFFICIENT_STORAGE,
+        "guest_denied" => StatusCode::FORBIDDEN,
+        "kvm_unavailable" | "branches_full" => StatusCode::SERVICE_UNAVAILABLE,
+        "no_space" | "guest_no_space" => StatusCode::INSUFFICIENT_STORAGE,
         _ => StatusCode::INTERNAL_SERVER_ERROR,
     }
 }
@@ -156,6 +268,7 @@ mod tests {
         assert_eq!(status(NodeError::SandboxNotFound { id: id.clone() }), 404);
         assert_eq!(status(NodeError::SandboxStopped { id, reason: String::new() }), 409);
         assert_eq!(status(NodeError::SnapshotNotReady { tag: tag.clone(), reason: String::new() }), 409);
+        assert_eq!(status(NodeError::BranchesFull { cap: 4 }), 503);
         assert_eq!(status(NodeError::AllFailed { tag, n: 3, first: String::new() }), 500);
     }
 }

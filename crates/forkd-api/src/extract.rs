@@ -1,11 +1,16 @@
 //! Bodies, queries and path segments, with errors in the API's own form.
 
+use std::time::Duration;
+
 use axum::extract::{FromRequest, FromRequestParts, Request};
 use axum::http::request::Parts;
 use forkd_types::{SandboxId, Tag};
 use serde::de::DeserializeOwned;
 
 use crate::error::ApiError;
+
+/// How long a JSON body, which has a few megabytes at most, may take to arrive.
+const BODY_TIME: Duration = Duration::from_secs(30);
 
 /// A JSON body. Needs a JSON content type.
 pub(crate) struct Json<T>(pub(crate) T);
@@ -14,7 +19,9 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Json<T> {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, state: &S) -> Result<Self, ApiError> {
-        let axum::Json(value) = axum::Json::from_request(request, state).await?;
+        let reading = axum::Json::from_request(request, state);
+        let read = tokio::time::timeout(BODY_TIME, reading).await.map_err(|_| ApiError::slow_body(BODY_TIME))?;
+        let axum::Json(value) = read?;
         Ok(Self(value))
     }
 }

@@ -19,7 +19,10 @@ pub(crate) fn stream<T: Serialize + Send + 'static>(events: mpsc::Receiver<T>) -
 }
 
 fn line(event: &impl Serialize) -> Bytes {
-    let mut bytes = serde_json::to_vec(event).expect("events are plain data with string keys");
-    bytes.push(b'\n');
-    bytes.into()
+    (text(event) + "\n").into()
+}
+
+/// An event as JSON.
+pub(crate) fn text(event: &impl Serialize) -> String {
+    serde_json::to_string(event).expect("events are plain data with string keys")
 }

@@ -34,7 +34,7 @@ pub(crate) async fn forward(body: Body, pieces: mpsc::Sender<Bytes>) -> ApiResul
 
 /// Reads on for a while what nobody wants. A connection that is closed while the client still sends is reset, and
 /// with it goes the answer that says why.
-fn linger(mut rest: BodyDataStream) {
+pub(crate) fn linger(mut rest: BodyDataStream) {
     tokio::spawn(tokio::time::timeout(LINGER, async move { while let Some(Ok(_)) = rest.next().await {} }));
 }
 

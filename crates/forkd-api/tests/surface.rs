@@ -6,7 +6,8 @@ use axum::Router;
 use axum::body::Body;
 use axum::http::{Request, StatusCode, header};
 use forkd_api::audit::AuditLog;
-use forkd_api::auth::Token;
+use forkd_api::auth::{Guard, Keyring, Token};
+use forkd_api::limits::RequestLimits;
 use forkd_api::{Api, router};
 use forkd_node::{Node, NodeConfig};
 use forkd_types::Digest;
@@ -280,7 +281,9 @@ async fn every_path_but_health_needs_the_token_and_all_are_audited() {
     let token = Token::read(&token_file).expect("good token");
     let log = dir.path().join("audit.log");
     let audit = AuditLog::open(&log).expect("audit log");
-    let router = router(Api::new(node(dir.path()).await), Some(token), Some(audit));
+    let keyring = Keyring::open(Some(token), None).expect("no file");
+    let guard = Guard::tokens(keyring, RequestLimits::default());
+    let router = router(Api::new(node(dir.path()).await), Some(guard), Some(audit));
     let ask = async |path: &str, authorization: Option<&str>| {
         let mut request = Request::get(path).header(header::USER_AGENT, "test/1");
         if let Some(authorization) = authorization {

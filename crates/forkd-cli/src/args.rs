@@ -6,22 +6,32 @@ use crate::bench::BenchArgs;
 use crate::commands::bake::{FromImageArgs, SnapshotArgs};
 use crate::commands::branch::BranchArgs;
 use crate::commands::checkpoints::{CheckpointArgs, CheckpointsArgs, RewindArgs};
+use crate::commands::cleanup::CleanupArgs;
+use crate::commands::cp::CpArgs;
+use crate::commands::env::EnvArgs;
 use crate::commands::eval::EvalArgs;
+use crate::commands::events::{EventsArgs, TopArgs};
 use crate::commands::exec::ExecArgs;
+use crate::commands::files::FilesArgs;
 use crate::commands::fork::ForkArgs;
 use crate::commands::hub::{PullArgs, PushArgs};
 use crate::commands::images::{ImagesArgs, RmiArgs, SnapshotInfoArgs};
 use crate::commands::kernel::KernelArgs;
 use crate::commands::layers::{SnapshotCompactArgs, SnapshotDiffArgs};
 use crate::commands::machine::MachineArgs;
+use crate::commands::man::ManArgs;
+use crate::commands::mcp::McpArgs;
 use crate::commands::packs::{PackArgs, UnpackArgs};
 use crate::commands::ping::PingArgs;
 use crate::commands::port_forward::PortForwardArgs;
 use crate::commands::quickstart::QuickstartArgs;
+use crate::commands::run::RunArgs;
 use crate::commands::sandboxes::{KillArgs, LogsArgs, LsArgs};
+use crate::commands::shell::ShellArgs;
 use crate::commands::spawn::SpawnArgs;
 use crate::commands::tree::TreeArgs;
 use crate::commands::verify::VerifyArgs;
+use crate::commands::workspace::{SuspendArgs, TimeoutArgs, WorkspaceArgs};
 use crate::commands::{Context, where_};
 use crate::data_dir::DataDir;
 use crate::doctor::DoctorArgs;
@@ -87,10 +97,28 @@ enum Command {
     Rewind(RewindArgs),
     /// Draw snapshots, sandboxes and checkpoints as the family they are
     Tree(TreeArgs),
+    /// Show what happens, as it happens
+    Events(EventsArgs),
+    /// Show what sandboxes cost, now and again
+    Top(TopArgs),
+    /// Sandboxes with a name, that can be put on disk and brought back
+    Workspace(WorkspaceArgs),
+    /// Say when a sandbox ends by itself
+    Timeout(TimeoutArgs),
+    /// Put a sandbox on disk and end it
+    Suspend(SuspendArgs),
     /// List sandboxes
     Ls(LsArgs),
+    /// Run one program in a fresh sandbox of an image
+    Run(RunArgs),
     /// Run a program in a sandbox
     Exec(ExecArgs),
+    /// Open a terminal in a sandbox
+    Shell(ShellArgs),
+    /// Copy files between this host and a sandbox
+    Cp(CpArgs),
+    /// Look at and change files of a sandbox
+    Files(FilesArgs),
     /// Evaluate source text in a sandbox's warm interpreter
     Eval(EvalArgs),
     /// Ask a sandbox's agent whether it is there
@@ -123,12 +151,20 @@ enum Command {
     Verify(VerifyArgs),
     /// Measure, next to the floor of this host
     Bench(BenchArgs),
+    /// Serve sandboxes to language models as tools, by the Model Context Protocol
+    Mcp(McpArgs),
+    /// Print the daemon's address and token as environment variables; found or started
+    Env(EnvArgs),
+    /// Remove what runs left behind that were cut off
+    Cleanup(CleanupArgs),
     /// Print the data directory
     Where,
     /// Guest kernels
     Kernel(KernelArgs),
     /// The Linux machine that runs forkd where KVM is missing or emulated
     Machine(MachineArgs),
+    /// Write man pages
+    Man(ManArgs),
     /// Print a completion script for a shell
     Completions {
         /// The shell
@@ -159,7 +195,18 @@ impl Cli {
             Command::Checkpoints(args) => args.run(&context).await,
             Command::Rewind(args) => args.run(&context).await,
             Command::Tree(args) => args.run(&context).await,
+            Command::Events(args) => args.run(&context).await,
+            Command::Top(args) => args.run(&context).await,
+            Command::Workspace(args) => args.run(&context).await,
+            Command::Timeout(args) => args.run(&context).await,
+            Command::Suspend(args) => args.run(&context).await,
             Command::Ls(args) => args.run(&context).await,
+            Command::Run(args) => args.run(&context).await,
+            Command::Shell(args) => args.run(&context).await,
+            Command::Cp(args) => args.run(&context).await,
+            Command::Files(args) => args.run(&context).await,
+            Command::Cleanup(args) => args.run(&context),
+            Command::Man(args) => args.run(Cli::command()),
             Command::Exec(args) => args.run(&context).await,
             Command::Eval(args) => args.run(&context).await,
             Command::Ping(args) => args.run(&context).await,
@@ -177,6 +224,8 @@ impl Cli {
             Command::Push(args) => args.run(&context).await,
             Command::Verify(args) => args.run(&context).await,
             Command::Bench(args) => args.run(&context).await,
+            Command::Mcp(args) => args.run(&context).await,
+            Command::Env(args) => args.run(&context).await,
             Command::Where => where_(&context),
             Command::Kernel(args) => args.run(&context).await,
             Command::Machine(args) => args.run(&context).await,

@@ -20,6 +20,9 @@ use crate::failure::Advise;
 /// How long connecting may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// How long an agent at the usual address may take to accept a connection that nobody asked for by name.
+const USUAL_TIMEOUT: Duration = Duration::from_secs(1);
+
 /// How much longer than the request itself an answer may take.
 const GRACE: Duration = Duration::from_secs(5);
 
@@ -32,7 +35,7 @@ pub(crate) struct DirectArgs {
     /// Talk to the agent at this address instead of asking a daemon
     #[arg(long, value_name = "HOST:PORT", help_heading = "Without a daemon")]
     target: Option<String>,
-    /// Talk to the agent in this network namespace (needs root)
+    /// Talk to the agent in this network namespace, or in that of the child of this number (needs root)
     #[arg(long, value_name = "NETNS", help_heading = "Without a daemon")]
     child: Option<String>,
 }
@@ -44,7 +47,11 @@ impl DirectArgs {
             return None;
         }
         let target = self.target.clone().unwrap_or_else(|| GUEST_ADDR.to_owned());
-        Some(DirectAgent { target, netns: self.child.clone() })
+        let numbered = |child: &String| match child.parse::<u32>() {
+            Ok(number) => format!("forkd-child-{number}"),
+            Err(_) => child.clone(),
+        };
+        Some(DirectAgent { target, netns: self.child.as_ref().map(numbered) })
     }
 }
 
@@ -56,6 +63,16 @@ pub(crate) struct DirectAgent {
 }
 
 impl DirectAgent {
+    /// The agent at the usual address, if one answers there. Whoever else has that address is none.
+    pub(crate) async fn usual() -> Option<Self> {
+        let agent = Self { target: GUEST_ADDR.to_owned(), netns: None };
+        let connecting = tokio::net::TcpStream::connect(GUEST_ADDR);
+        tokio::time::timeout(USUAL_TIMEOUT, connecting).await.ok()?.ok()?;
+        let asking = agent.clone().ask(serde_json::json!({ "action": "ping" }), None);
+        let pong = tokio::time::timeout(USUAL_TIMEOUT, asking).await.ok()?.ok()?;
+        (pong.get("pong") == Some(&Value::Bool(true))).then_some(agent)
+    }
+
     /// Sends one request and waits for the answer; `work` is how long the request itself may take.
     pub(crate) async fn ask(self, request: Value, work: Option<Duration>) -> anyhow::Result<Value> {
         let (sender, receiver) = tokio::sync::oneshot::channel();

@@ -6,6 +6,9 @@ pub(crate) const FORKD_URL: &str = "FORKD_URL";
 /// Bearer token for the daemon; empty counts as unset.
 pub(crate) const FORKD_TOKEN: &str = "FORKD_TOKEN";
 
+/// Token that HTTP clients of `mcp --http` must present; empty counts as unset.
+pub(crate) const FORKD_MCP_TOKEN: &str = "FORKD_MCP_TOKEN";
+
 /// Where `pull` finds packages by name: the URL or path of a `registry.json`.
 pub(crate) const FORKD_HUB_URL: &str = "FORKD_HUB_URL";
 

@@ -22,19 +22,26 @@ impl Interrupted {
 /// SIGINT and SIGTERM, caught from its making until the program ends.
 pub(crate) struct Interrupts {
     interrupt: Signal,
+    /// Its number.
+    number: u8,
     terminate: Signal,
 }
 
 impl Interrupts {
     /// Catches the signals from here on; their default action is gone for good.
     pub(crate) fn catch() -> std::io::Result<Self> {
-        Ok(Self { interrupt: signal(SignalKind::interrupt())?, terminate: signal(SignalKind::terminate())? })
+        Ok(Self { interrupt: signal(SignalKind::interrupt())?, number: 2, terminate: signal(SignalKind::terminate())? })
+    }
+
+    /// Catches SIGHUP in place of SIGINT, for who reads keys from a terminal: its interrupt key is not for us.
+    pub(crate) fn catch_end() -> std::io::Result<Self> {
+        Ok(Self { interrupt: signal(SignalKind::hangup())?, number: 1, terminate: signal(SignalKind::terminate())? })
     }
 
     /// Waits for the next one.
     pub(crate) async fn next(&mut self) -> Interrupted {
         tokio::select! {
-            _ = self.interrupt.recv() => Interrupted { signal: 2 },
+            _ = self.interrupt.recv() => Interrupted { signal: self.number },
             _ = self.terminate.recv() => Interrupted { signal: 15 },
         }
     }

@@ -13,6 +13,8 @@ pub(crate) struct Summary {
     pub(crate) p50: f64,
     /// Nine in ten are at most this.
     pub(crate) p90: f64,
+    /// 19 in twenty are at most this.
+    pub(crate) p95: f64,
     /// 99 in a hundred are at most this.
     pub(crate) p99: f64,
     /// Largest.
@@ -33,6 +35,7 @@ pub(crate) fn summarise(values: impl IntoIterator<Item = f64>) -> Summary {
         min,
         p50: percentile(&sorted, 50.0),
         p90: percentile(&sorted, 90.0),
+        p95: percentile(&sorted, 95.0),
         p99: percentile(&sorted, 99.0),
         max,
         mean: sorted.iter().sum::<f64>() / sorted.len() as f64,
@@ -70,7 +73,7 @@ mod tests {
         #[test]
         fn percentiles_are_ordered(values in proptest::collection::vec(0.0f64..1e9, 1..50)) {
             let s = summarise(values);
-            prop_assert!(s.min <= s.p50 && s.p50 <= s.p90 && s.p90 <= s.p99 && s.p99 <= s.max);
+            prop_assert!(s.min <= s.p50 && s.p50 <= s.p90 && s.p90 <= s.p95 && s.p95 <= s.p99 && s.p99 <= s.max);
         }
     }
 }

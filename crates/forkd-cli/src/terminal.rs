@@ -6,6 +6,8 @@ use std::os::fd::AsFd;
 use forkd_proto::agent::TerminalSize;
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
 
+use crate::environment;
+
 /// Standard input in raw mode until this is dropped.
 pub(crate) struct RawMode {
     before: Termios,
@@ -31,6 +33,15 @@ impl Drop for RawMode {
         // If the terminal has gone, so has the need to restore it.
         let _ = tcsetattr(io::stdin(), OptionalActions::Drain, &self.before);
     }
+}
+
+/// `env` with the kind of this terminal, unless it says one.
+pub(crate) fn with_kind(mut env: Vec<(String, String)>) -> Vec<(String, String)> {
+    if !env.iter().any(|(name, _)| name == environment::TERM) {
+        let kind = std::env::var(environment::TERM).unwrap_or_else(|_| "xterm".to_owned());
+        env.push((environment::TERM.to_owned(), kind));
+    }
+    env
 }
 
 /// The size of the terminal that this program shows on; 24 by 80 when there is none.

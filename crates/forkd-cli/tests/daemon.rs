@@ -5,6 +5,7 @@ use std::path::Path;
 
 use assert_cmd::Command;
 use assert_cmd::assert::Assert;
+use forkd_api::server::ServerLimits;
 use forkd_api::{Api, router, server};
 use forkd_node::{Node, NodeConfig};
 use serde_json::Value;
@@ -23,9 +24,14 @@ impl Daemon {
         let config = NodeConfig::new(directory.path(), Path::new("/nonexistent/forkd-vmm")).expect("a short path");
         let node = Node::start(config).await.expect("an empty node starts");
         let socket = directory.path().join("api.sock");
-        let listener = server::listen_unix(&socket).await.expect("a free socket");
+        let listener = server::listen_unix(&socket, None).await.expect("a free socket");
         let (stop, stopped) = watch::channel(false);
-        tokio::spawn(server::serve_unix(listener, router(Api::new(node), None, None), stopped));
+        tokio::spawn(server::serve_unix(
+            listener,
+            router(Api::new(node), None, None),
+            ServerLimits::default(),
+            stopped,
+        ));
         Self { directory, url: format!("unix://{}", socket.display()), _stop: stop }
     }
 

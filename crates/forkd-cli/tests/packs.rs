@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use assert_cmd::Command;
 use assert_cmd::assert::Assert;
+use forkd_api::server::ServerLimits;
 use forkd_api::{Api, router, server};
 use forkd_node::{Node, NodeConfig};
 use http_server::{Reply, Server, ranged};
@@ -48,12 +49,12 @@ impl Daemon {
         let url = if on_tcp {
             let listener = server::listen_tcp("127.0.0.1:0").await.expect("a free port");
             let url = format!("http://{}", listener.local_addr().expect("bound"));
-            tokio::spawn(server::serve_tcp(listener, router, stopped));
+            tokio::spawn(server::serve_tcp(listener, router, None, ServerLimits::default(), stopped));
             url
         } else {
             let socket = directory.path().join("api.sock");
-            let listener = server::listen_unix(&socket).await.expect("a free socket");
-            tokio::spawn(server::serve_unix(listener, router, stopped));
+            let listener = server::listen_unix(&socket, None).await.expect("a free socket");
+            tokio::spawn(server::serve_unix(listener, router, ServerLimits::default(), stopped));
             format!("unix://{}", socket.display())
         };
         Self { directory, url, _stop: stop }

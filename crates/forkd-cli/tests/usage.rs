@@ -30,6 +30,13 @@ fn a_wrong_command_line_exits_with_two_and_says_what_is_wrong() {
         (&["exec", "sb-1", "--env", "A", "--", "true"], "NAME=VALUE"),
         (&["ping"], "no sandbox given"),
         (&["eval", "--", "1"], "no sandbox given"),
+        (&["shell"], "SANDBOX"),
+        (&["cp", "sb-1:/x"], "DESTINATION"),
+        (&["cp", "sb-1:/x", "sb-2:/y"], "one side must be SANDBOX:PATH"),
+        (&["cp", "a", "b"], "one side must be SANDBOX:PATH"),
+        (&["cp", "sb-1:", "b"], "no path after"),
+        (&["fork", "--tag", "py", "-n", "1", "--listen", "8888"], "invalid socket address"),
+        (&["run", "--", "true"], "--image"),
         (&["kill"], "--all"),
         (&["kill", "sb-1", "--all"], "cannot be used with"),
         (&["rmi"], "TAG"),
@@ -86,6 +93,37 @@ fn completions_are_printed_for_every_shell() {
         let assert = forkd(&["completions", shell]).success();
         assert!(String::from_utf8_lossy(&assert.get_output().stdout).contains("quickstart"), "{shell}");
     }
+}
+
+#[test]
+fn every_verb_has_a_man_page() {
+    let pages = tempfile::tempdir().expect("scratch directory");
+    let directory = pages.path().join("man1");
+    forkd(&["man", directory.to_str().expect("text")]).success();
+    for page in ["forkd.1", "forkd-shell.1", "forkd-files-ls.1", "forkd-machine-start.1"] {
+        let text = std::fs::read_to_string(directory.join(page)).expect(page);
+        assert!(text.contains(".TH"), "{page}: {text}");
+    }
+}
+
+#[test]
+fn a_clean_host_needs_no_cleaning() {
+    let home = tempfile::tempdir().expect("scratch directory");
+    let left = home.path().join(".local/share/forkd/cache/scratch/build-1");
+    std::fs::create_dir_all(&left).expect("mkdir");
+    let hour = std::time::SystemTime::now() - std::time::Duration::from_secs(3600);
+    std::fs::File::open(&left).and_then(|file| file.set_modified(hour)).expect("set the time");
+    let cleanup = |more: &[&str]| {
+        let mut forkd = Command::cargo_bin("forkd").expect("built with the tests");
+        forkd.env_clear().env("HOME", home.path()).env("TMPDIR", home.path()).arg("cleanup").args(more);
+        String::from_utf8_lossy(&forkd.assert().success().get_output().stdout).into_owned()
+    };
+    let listed = cleanup(&[]);
+    assert!(listed.starts_with(&format!("DEL {} ", left.display())), "{listed}");
+    assert!(left.exists(), "a dry run removes nothing");
+    cleanup(&["--yes"]);
+    assert!(!left.exists());
+    assert_eq!(cleanup(&[]), "nothing to clean up\n");
 }
 
 #[test]

@@ -4,6 +4,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use forkd_api::auth::Scope;
+use forkd_api::limits::Rate;
 use forkd_types::ByteSize;
 
 /// forkd's daemon: holds snapshots, forks them into running sandboxes, and serves the REST API.
@@ -17,7 +19,9 @@ pub(crate) struct Cli {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Serve the REST API until SIGTERM or SIGINT.
-    Serve(ServeArgs),
+    Serve(Box<ServeArgs>),
+    /// Make, list, rotate and revoke named tokens; a daemon that runs takes changes up by itself.
+    Token(TokenArgs),
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
@@ -30,7 +34,7 @@ pub(crate) enum LogFormat {
 
 #[derive(Debug, Args)]
 pub(crate) struct ServeArgs {
-    /// TCP address to listen on. Anything but loopback needs --token-file.
+    /// TCP address to listen on. Anything but loopback needs --token-file or --tokens.
     #[arg(long, env = "FORKD_BIND", default_value = "127.0.0.1:8889", value_name = "ADDRESS")]
     pub(crate) bind: String,
 
@@ -38,7 +42,7 @@ pub(crate) struct ServeArgs {
     #[arg(long)]
     pub(crate) no_tcp: bool,
 
-    /// Unix socket to listen on; only its owner may connect, without a token [default: forkd.sock in
+    /// Unix socket to listen on; only root and its owner may connect, without a token [default: forkd.sock in
     /// the state directory].
     #[arg(long, env = "FORKD_SOCKET", value_name = "PATH")]
     pub(crate) socket: Option<PathBuf>,
@@ -56,14 +60,30 @@ pub(crate) struct ServeArgs {
     #[arg(long, env = "FORKD_VMM", value_name = "PATH")]
     pub(crate) vmm: Option<PathBuf>,
 
-    /// File with the bearer token that TCP clients must present.
-    #[arg(long, env = "FORKD_TOKEN_FILE", value_name = "PATH")]
-    pub(crate) token_file: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) access: AccessArgs,
 
-    /// File to which one JSON line per request is appended [default: audit.log in the state
+    /// Answer requests to <port>-<sandbox id>.DOMAIN by the servers in guests.
+    #[arg(long, env = "FORKD_DOMAIN", value_name = "DOMAIN")]
+    pub(crate) domain: Option<String>,
+
+    /// The agent program of guests that are booted from a kernel and a root disk of this host [default: forkd-agent
+    /// beside this program].
+    #[arg(long, env = "FORKD_AGENT", value_name = "PATH")]
+    pub(crate) agent: Option<PathBuf>,
+
+    /// File to which one JSON line per request is appended; SIGHUP opens it anew [default: audit.log in the state
     /// directory].
     #[arg(long, env = "FORKD_AUDIT_LOG", value_name = "PATH")]
     pub(crate) audit_log: Option<PathBuf>,
+
+    /// How large the audit log may grow, as in 64M, before it is set aside as audit.log.1; 0 for no limit.
+    #[arg(long, env = "FORKD_AUDIT_MAX_SIZE", default_value = "256M", value_name = "SIZE")]
+    pub(crate) audit_max_size: ByteSize,
+
+    /// How many audit logs that were set aside are kept.
+    #[arg(long, env = "FORKD_AUDIT_KEEP", default_value = "4", value_parser = at_least_one, value_name = "N")]
+    pub(crate) audit_keep: usize,
 
     /// How long a child may take from its fork until its agent has answered, in seconds.
     #[arg(long, default_value = "60", value_parser = seconds, value_name = "SECONDS")]
@@ -73,9 +93,18 @@ pub(crate) struct ServeArgs {
     #[arg(long, default_value = "600", value_parser = seconds, value_name = "SECONDS")]
     pub(crate) zygote_idle: Duration,
 
+    /// Suspend a workspace, unless it was made with a limit of its own, when nothing was run in it for this long, in
+    /// seconds [default: never].
+    #[arg(long, env = "FORKD_WORKSPACE_IDLE", value_parser = seconds, value_name = "SECONDS")]
+    pub(crate) workspace_idle: Option<Duration>,
+
     /// How many children of one request come up at the same time [default: 4 per processor].
     #[arg(long, value_parser = at_least_one, value_name = "N")]
     pub(crate) spawn_concurrency: Option<usize>,
+
+    /// How many branches may be under way at a time; further ones are answered 503.
+    #[arg(long, env = "FORKD_BRANCH_CONCURRENCY", default_value = "4", value_parser = at_least_one, value_name = "N")]
+    pub(crate) branch_concurrency: usize,
 
     /// How much memory checkpoints may take together, as in 512M, before the oldest go to disk [default: a
     /// quarter of the host's].
@@ -89,6 +118,94 @@ pub(crate) struct ServeArgs {
     /// How log lines on standard error look. RUST_LOG chooses which there are.
     #[arg(long, value_enum, default_value_t = LogFormat::Text, value_name = "FORMAT")]
     pub(crate) log_format: LogFormat,
+}
+
+/// Who may connect, and how much they may ask for.
+#[derive(Debug, Args)]
+pub(crate) struct AccessArgs {
+    /// File with one bearer token, for everything, that TCP clients may present.
+    #[arg(long, env = "FORKD_TOKEN_FILE", value_name = "PATH")]
+    pub(crate) token_file: Option<PathBuf>,
+
+    /// File of named tokens with scopes, as `forkd-controller token` makes it; changes are taken up at once.
+    #[arg(long, env = "FORKD_TOKENS", value_name = "FILE")]
+    pub(crate) tokens: Option<PathBuf>,
+
+    /// Serve TCP over TLS with the certificates in this file, in PEM, the server's own first; new ones are taken up
+    /// when the file changes.
+    #[arg(long, env = "FORKD_TLS_CERT", requires = "tls_key", value_name = "PATH")]
+    pub(crate) tls_cert: Option<PathBuf>,
+
+    /// The certificate's private key, in PEM.
+    #[arg(long, env = "FORKD_TLS_KEY", requires = "tls_cert", value_name = "PATH")]
+    pub(crate) tls_key: Option<PathBuf>,
+
+    /// Group, by name or number, whose members may use the unix socket too.
+    #[arg(long, env = "FORKD_SOCKET_GROUP", value_name = "GROUP")]
+    pub(crate) socket_group: Option<String>,
+
+    /// How many requests each token may make in a time, as in 50/s or 600/m; further ones are answered 429 [default:
+    /// no limit].
+    #[arg(long, env = "FORKD_RATE_LIMIT", value_name = "RATE")]
+    pub(crate) rate_limit: Option<Rate>,
+
+    /// How many requests each token may have under way; further ones are answered 429 [default: no limit].
+    #[arg(long, env = "FORKD_MAX_IN_FLIGHT", value_parser = at_least_one, value_name = "N")]
+    pub(crate) max_in_flight: Option<usize>,
+
+    /// How many connections each listener holds open. When there are more, the one that has been silent longest is
+    /// closed; while none is silent, new ones wait.
+    #[arg(long, env = "FORKD_MAX_CONNECTIONS", default_value = "8192", value_parser = at_least_one, value_name = "N")]
+    pub(crate) max_connections: usize,
+
+    /// How long a request's header, and a handshake before it, may take to arrive, in seconds.
+    #[arg(long, default_value = "10", value_parser = seconds, value_name = "SECONDS")]
+    pub(crate) header_timeout: Duration,
+
+    /// How long a connection may be silent between requests, in seconds.
+    #[arg(long, default_value = "75", value_parser = seconds, value_name = "SECONDS")]
+    pub(crate) idle_timeout: Duration,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct TokenArgs {
+    /// The file of named tokens.
+    #[arg(long, env = "FORKD_TOKENS", global = true, value_name = "FILE")]
+    pub(crate) tokens: Option<PathBuf>,
+
+    #[command(subcommand)]
+    pub(crate) command: TokenCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum TokenCommand {
+    /// Make a token and print it; it cannot be shown again.
+    Create {
+        /// What to call it, in the audit log too.
+        name: String,
+        /// What it may do: read (look), spawn (make, use and end sandboxes), admin (everything).
+        #[arg(long)]
+        scope: Scope,
+    },
+    /// Show names, scopes and ages.
+    List {
+        /// As JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Give a token a new text and print it.
+    Rotate {
+        /// Its name.
+        name: String,
+        /// How long the old text stays good, in seconds.
+        #[arg(long, default_value_t = 0, value_name = "SECONDS")]
+        overlap: u64,
+    },
+    /// Remove a token.
+    Revoke {
+        /// Its name.
+        name: String,
+    },
 }
 
 fn seconds(text: &str) -> Result<Duration, String> {
@@ -114,9 +231,43 @@ mod tests {
 
     #[test]
     fn limits_must_be_positive() {
-        for bad in [["--child-deadline", "0"], ["--spawn-concurrency", "0"], ["--zygote-idle", "-1"]] {
+        for bad in [
+            ["--child-deadline", "0"],
+            ["--spawn-concurrency", "0"],
+            ["--branch-concurrency", "0"],
+            ["--max-in-flight", "0"],
+            ["--max-connections", "0"],
+            ["--header-timeout", "0"],
+            ["--audit-keep", "0"],
+            ["--rate-limit", "0/s"],
+            ["--rate-limit", "50"],
+            ["--zygote-idle", "-1"],
+        ] {
             let line = ["forkd-controller", "serve"].into_iter().chain(bad);
             assert!(Cli::try_parse_from(line).is_err(), "{bad:?}");
         }
+    }
+
+    #[test]
+    fn certificate_and_key_come_together() {
+        let parse = |more: &[&str]| {
+            let line = ["forkd-controller", "serve"].into_iter().chain(more.iter().copied());
+            Cli::try_parse_from(line).map(drop)
+        };
+        assert!(parse(&["--tls-cert", "c", "--tls-key", "k"]).is_ok());
+        for one in [["--tls-cert", "c"], ["--tls-key", "k"]] {
+            let error = parse(&one).expect_err("half of it").to_string();
+            assert!(error.contains("--tls-key") && error.contains("--tls-cert"), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_tokens_file_may_be_named_before_and_after_the_verb() {
+        for line in ["token --tokens f create ci --scope spawn", "token create ci --scope spawn --tokens f"] {
+            let words = ["forkd-controller"].into_iter().chain(line.split(' '));
+            let Ok(Cli { command: Command::Token(args) }) = Cli::try_parse_from(words) else { panic!("{line}") };
+            assert_eq!(args.tokens, Some("f".into()), "{line}");
+        }
+        assert!(Cli::try_parse_from(["forkd-controller", "token", "create", "ci", "--scope", "root"]).is_err());
     }
 }

@@ -1,9 +1,12 @@
 //! The daemon program: wiring of node and API.
 
+mod access;
 mod args;
 mod claim;
 mod serve;
+mod token;
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -11,13 +14,23 @@ use clap::Parser;
 use crate::args::{Cli, Command, LogFormat};
 
 fn main() -> ExitCode {
-    let Command::Serve(args) = Cli::parse().command;
-    start_logging(args.log_format);
-    match serve::run(args) {
+    match Cli::parse().command {
+        Command::Serve(args) => {
+            start_logging(args.log_format);
+            exit_code(serve::run(*args), |error| tracing::error!("{error:#}"))
+        }
+        Command::Token(args) => exit_code(token::run(args), |error| {
+            // Nothing is left to be done about a standard error that is closed.
+            let _ = writeln!(std::io::stderr(), "Error: {error:#}");
+        }),
+    }
+}
+
+fn exit_code(result: anyhow::Result<()>, tell: impl FnOnce(anyhow::Error)) -> ExitCode {
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            // A log line would be lost on whoever filters the log; this is the program's last word.
-            tracing::error!("{error:#}");
+            tell(error);
             ExitCode::FAILURE
         }
     }

@@ -1,19 +1,18 @@
 //! From settings to a running daemon, and its orderly end.
 
-use std::net::ToSocketAddrs;
 use std::path::PathBuf;
 
 use anyhow::{Context, bail};
-use forkd_api::audit::AuditLog;
-use forkd_api::auth::Token;
+use forkd_api::audit::{AuditLog, Rotation};
 use forkd_api::{Api, router, server};
 use forkd_node::{Node, NodeConfig};
 use forkd_types::ByteSize;
 use tokio::net::{TcpListener, UnixListener};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
+use crate::access::Access;
 use crate::args::ServeArgs;
 use crate::claim::{Claim, Whereabouts};
 
@@ -22,8 +21,10 @@ struct Settings {
     node: NodeConfig,
     address: Option<String>,
     socket: PathBuf,
-    token: Option<Token>,
+    access: Access,
+    domain: Option<String>,
     audit_log: PathBuf,
+    audit_rotation: Rotation,
     kill_on_exit: bool,
 }
 
@@ -42,17 +43,20 @@ fn resolve(args: ServeArgs) -> anyhow::Result<Settings> {
     if !vmm.is_file() {
         bail!("there is no monitor program at {}; build forkd-vmm, or name it with --vmm", vmm.display());
     }
-    let token = args.token_file.as_deref().map(Token::read).transpose()?;
     let address = (!args.no_tcp).then_some(args.bind);
-    if let (Some(address), None) = (&address, &token) {
-        refuse_open_doors(address)?;
-    }
+    let access = Access::resolve(args.access, address.as_deref())?;
     let mut node = NodeConfig::new(&args.state_dir, &vmm)?;
     if let Some(root) = args.snapshot_root {
         node.store_root = std::path::absolute(&root).with_context(|| format!("cannot resolve {}", root.display()))?;
     }
     node.child_deadline = args.child_deadline;
     node.zygote_idle = args.zygote_idle;
+    node.workspace_idle = args.workspace_idle;
+    node.agent = beside_this_program("forkd-agent")?;
+    node.branch_concurrency = args.branch_concurrency;
+    if let Some(agent) = args.agent {
+        node.agent = std::path::absolute(&agent).with_context(|| format!("cannot resolve {}", agent.display()))?;
+    }
     if let Some(ByteSize(bytes)) = args.checkpoint_memory {
         node.checkpoint_memory_bytes = bytes;
     }
@@ -62,7 +66,12 @@ fn resolve(args: ServeArgs) -> anyhow::Result<Settings> {
     Ok(Settings {
         address,
         socket: args.socket.unwrap_or_else(|| node.state_dir.join("forkd.sock")),
-        token,
+        access,
+        domain: args.domain,
+        audit_rotation: Rotation {
+            max_bytes: Some(args.audit_max_size.bytes()).filter(|bytes| *bytes > 0),
+            keep: args.audit_keep,
+        },
         audit_log: args.audit_log.unwrap_or_else(|| node.state_dir.join("audit.log")),
         kill_on_exit: args.kill_on_exit,
         node,
@@ -74,15 +83,6 @@ fn beside_this_program(name: &str) -> anyhow::Result<PathBuf> {
     Ok(own.with_file_name(name))
 }
 
-/// Whoever can connect can run programs: without a token that must be this host's users only.
-fn refuse_open_doors(address: &str) -> anyhow::Result<()> {
-    let mut resolved = address.to_socket_addrs().with_context(|| format!("cannot resolve the address {address}"))?;
-    if let Some(open) = resolved.find(|address| !address.ip().is_loopback()) {
-        bail!("{open} can be reached from other hosts; give --token-file, or listen on 127.0.0.1");
-    }
-    Ok(())
-}
-
 async fn serve(settings: Settings) -> anyhow::Result<()> {
     let mut claim = Claim::stake(&settings.node.state_dir)?;
     // Before anything is changed: an address that is taken must not end with sandboxes adopted.
@@ -90,9 +90,10 @@ async fn serve(settings: Settings) -> anyhow::Result<()> {
         Some(address) => Some(server::listen_tcp(address).await?),
         None => None,
     };
-    let unix = server::listen_unix(&settings.socket).await?;
-    let audit = AuditLog::open(&settings.audit_log)
+    let unix = server::listen_unix(&settings.socket, settings.access.group).await?;
+    let audit = AuditLog::rotating(&settings.audit_log, settings.audit_rotation)
         .with_context(|| format!("cannot open the audit log {}", settings.audit_log.display()))?;
+    let hangup = signal(SignalKind::hangup()).context("cannot watch for SIGHUP")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot watch for SIGINT")?;
     let mut terminate = signal(SignalKind::terminate()).context("cannot watch for SIGTERM")?;
 
@@ -112,7 +113,14 @@ async fn serve(settings: Settings) -> anyhow::Result<()> {
     );
 
     let (stop, stopping) = watch::channel(false);
-    let mut serving = start_servers(&node, tcp, unix, settings.token, audit, stopping);
+    let asked = reread_on(hangup);
+    settings.access.follow(&asked);
+    tokio::spawn(reopen_on(asked, audit.clone()));
+    let api = match &settings.domain {
+        Some(domain) => Api::new(node.clone()).with_domain(domain),
+        None => Api::new(node.clone()),
+    };
+    let mut serving = start_servers(api, tcp, unix, &settings.access, audit, stopping);
     tokio::select! {
         _ = interrupt.recv() => tracing::info!("SIGINT: stopping"),
         _ = terminate.recv() => tracing::info!("SIGTERM: stopping"),
@@ -121,6 +129,8 @@ async fn serve(settings: Settings) -> anyhow::Result<()> {
             return ended.context("a server panicked")?.context("a server failed");
         }
     }
+    // Streams of events would otherwise go on until they are cut off.
+    node.end_listening();
     let _ = stop.send(true);
     while let Some(ended) = serving.join_next().await {
         ended.context("a server panicked")?.context("a server failed")?;
@@ -135,34 +145,39 @@ async fn serve(settings: Settings) -> anyhow::Result<()> {
 }
 
 fn start_servers(
-    node: &Node,
+    api: Api,
     tcp: Option<TcpListener>,
     unix: UnixListener,
-    token: Option<Token>,
+    access: &Access,
     audit: AuditLog,
     stopping: watch::Receiver<bool>,
 ) -> JoinSet<std::io::Result<()>> {
-    let api = Api::new(node.clone());
-    let mut serving = JoinSet::new();
+    let (mut serving, limits) = (JoinSet::new(), access.connections());
     if let Some(tcp) = tcp {
-        let guarded = router(api.clone(), token, Some(audit.clone()));
-        serving.spawn(server::serve_tcp(tcp, guarded, stopping.clone()));
+        let guarded = router(api.clone(), Some(access.tcp()), Some(audit.clone()));
+        serving.spawn(server::serve_tcp(tcp, guarded, access.tls.clone(), limits, stopping.clone()));
     }
-    serving.spawn(server::serve_unix(unix, router(api, None, Some(audit)), stopping));
+    let guarded = router(api, Some(access.unix()), Some(audit));
+    serving.spawn(server::serve_unix(unix, guarded, limits, stopping));
     serving
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_loopback_may_go_without_a_token() {
-        for closed in ["127.0.0.1:8889", "127.9.9.9:1", "[::1]:8889"] {
-            refuse_open_doors(closed).expect(closed);
+/// Says at each SIGHUP that files are to be read again.
+fn reread_on(mut hangup: Signal) -> watch::Receiver<()> {
+    let (ask, asked) = watch::channel(());
+    tokio::spawn(async move {
+        while hangup.recv().await.is_some() {
+            tracing::info!("SIGHUP: reading tokens and certificate anew, opening the audit log anew");
+            let _ = ask.send(());
         }
-        for open in ["0.0.0.0:8889", "[::]:8889", "192.0.2.1:1"] {
-            assert!(refuse_open_doors(open).is_err(), "{open}");
+    });
+    asked
+}
+
+async fn reopen_on(mut asked: watch::Receiver<()>, audit: AuditLog) {
+    while asked.changed().await.is_ok() {
+        if let Err(error) = audit.reopen() {
+            tracing::error!(%error, "cannot open the audit log anew; it goes on where it was");
         }
     }
 }

@@ -1,56 +1,12 @@
 //! The daemon program from outside: starting, being found, refusing a second one, stopping.
 
-use std::io::{BufRead, BufReader, Read, Write};
+mod support;
+
 use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::Command;
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_forkd-controller");
-
-/// A daemon that is ended with the test.
-struct Daemon {
-    child: Child,
-    address: Option<String>,
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-fn serve(state: &Path, more: &[&str]) -> Command {
-    let mut command = Command::new(PROGRAM);
-    // Any program will do as long as no snapshot is forked.
-    command.args(["serve", "--bind", "127.0.0.1:0", "--vmm", "/bin/true", "--state-dir"]).arg(state).args(more);
-    command.env_remove("FORKD_TOKEN_FILE").stderr(Stdio::piped());
-    command
-}
-
-fn start(state: &Path, more: &[&str]) -> Daemon {
-    let child = serve(state, more).spawn().expect("spawn");
-    let mut daemon = Daemon { child, address: None };
-    let until = Instant::now() + Duration::from_secs(20);
-    while daemon.address.is_none() {
-        assert!(Instant::now() < until, "the daemon did not announce itself");
-        std::thread::sleep(Duration::from_millis(20));
-        let text = std::fs::read_to_string(state.join("daemon.json")).unwrap_or_default();
-        let Some(rest) = text.split_once(r#""address":""#) else { continue };
-        daemon.address = rest.1.split_once('"').map(|(address, _)| address.to_owned());
-    }
-    daemon
-}
-
-fn get(stream: impl Read + Write, path: &str) -> String {
-    let mut stream = BufReader::new(stream);
-    write!(stream.get_mut(), "GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").expect("ask");
-    let mut status = String::new();
-    stream.read_line(&mut status).expect("answer");
-    status.split(' ').nth(1).expect("a status").to_owned()
-}
+use support::{PROGRAM, get, serve, start};
 
 #[test]
 fn it_serves_on_both_listeners_and_stops_cleanly() {

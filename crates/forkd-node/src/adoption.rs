@@ -66,7 +66,12 @@ async fn end_helpers(host: &Host, rebooted: bool) -> NodeResult<()> {
 }
 
 async fn adopt(host: &Arc<Host>, roster: &Arc<Roster>, record: Record, rebooted: bool) {
-    let about = About { id: record.id.clone(), origin: record.origin.clone(), branches: record.branches.clone() };
+    let about = About {
+        id: record.id.clone(),
+        origin: record.origin.clone(),
+        branches: record.branches.clone(),
+        expiry: record.expiry,
+    };
     match &record.state {
         RecordState::Stopped { reason, at_unix } => {
             roster.insert(Sandbox::stopped(host, about, reason.clone(), *at_unix));
@@ -99,6 +104,8 @@ async fn adopt(host: &Arc<Host>, roster: &Arc<Roster>, record: Record, rebooted:
 async fn find(host: &Host, record: &Record) -> Result<Running, String> {
     let key = record.process.ok_or("was recorded without its process")?;
     let process = Process::find(key).map_err(|_| "ended while no daemon was running".to_owned())?;
+    // The daemon may have died while it put the sandbox on disk, which it did not get done.
+    process.let_go();
     match shake_hands(host, record.id.as_str(), key.pid).await {
         Ok(control) => Ok(Running { control, process }),
         Err(reason) => {
@@ -156,4 +163,96 @@ async fn end_unfinished(host: &Host, record: &Record, rebooted: bool) {
         }
     }
     clear(host, &record.id);
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+    use std::path::Path;
+    use std::process::{Child, Command as Program};
+
+    use forkd_proto::monitor::{self, Event};
+    use forkd_types::SandboxId;
+
+    use super::*;
+    use crate::config::NodeConfig;
+    use crate::database::{Database, Origin};
+    use crate::node::Node;
+    use crate::process::ProcessKey;
+
+    /// A process that is no monitor, and the key of it.
+    fn stranger() -> (Child, ProcessKey) {
+        let child = Program::new("sleep").arg("600").spawn().expect("sleep");
+        let key = Process::open(child.id() as i32).expect("it runs").key();
+        (child, key)
+    }
+
+    /// A state directory with one running sandbox on record, whose process is that of `key`.
+    async fn recorded(dir: &Path, key: ProcessKey) -> SandboxId {
+        let database = Database::open(&dir.join("forkd.db")).expect("open");
+        let origin = Origin {
+            snapshot_tag: "py".parse().expect("legal tag"),
+            snapshot_digest: None,
+            forked_from: None,
+            created_at_unix: 7,
+            memory_limit_mib: None,
+            disks: 1,
+            base: None,
+            auto_checkpoint: false,
+        };
+        let id = database.begin(origin, None, 1).await.expect("begin").remove(0);
+        database.running(vec![(id.clone(), key)]).await.expect("running");
+        id
+    }
+
+    /// Starts a node and says why it did not adopt its one sandbox.
+    async fn refusal(dir: &Path) -> String {
+        let config = NodeConfig::new(dir, Path::new("/nonexistent/forkd-vmm")).expect("short path");
+        let node = Node::start(config).await.expect("start");
+        let sandboxes = node.sandboxes();
+        assert_eq!(sandboxes.len(), 1, "it is listed once: {sandboxes:?}");
+        assert_eq!(sandboxes[0].pid, None);
+        sandboxes[0].stopped.clone().expect("it is not running")
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_process_whose_number_was_reused_is_neither_adopted_nor_ended() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let (mut child, key) = stranger();
+        recorded(dir.path(), ProcessKey { started: key.started + 1, ..key }).await;
+        assert_eq!(refusal(dir.path()).await, "ended while no daemon was running");
+        assert!(child.try_wait().expect("ours").is_none(), "somebody else's process runs on");
+        child.kill().expect("ours");
+        child.wait().expect("ours");
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_monitor_that_nobody_can_reach_is_ended() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let (mut child, key) = stranger();
+        recorded(dir.path(), key).await;
+        let reason = refusal(dir.path()).await;
+        assert!(reason.contains("could not reach its monitor"), "{reason}");
+        assert!(child.wait().expect("ours").code().is_none(), "a signal ended it");
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_socket_that_another_process_answers_on_is_not_that_of_the_monitor() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let (mut child, key) = stranger();
+        let id = recorded(dir.path(), key).await;
+        std::fs::create_dir_all(dir.path().join("run")).expect("mkdir");
+        let listener = UnixListener::bind(dir.path().join(format!("run/{id}.control"))).expect("bind");
+        let answering = std::thread::spawn(move || {
+            let (stream, _) = listener.accept().expect("the node asks");
+            monitor::receive::<Command>(&stream).expect("a request");
+            let event = Event::Failed { error: "this is no monitor".to_owned() };
+            monitor::send(&stream, &event, &[]).expect("send");
+            stream
+        });
+        let reason = refusal(dir.path()).await;
+        assert!(reason.contains(&format!("answered by process Some({})", std::process::id())), "{reason}");
+        child.wait().expect("ours");
+        drop(answering.join());
+    }
 }

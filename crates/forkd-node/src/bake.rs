@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use forkd_proto::agent::{Eval, Exec, Pong};
 use forkd_proto::monitor::{BootConfig, Contents, Launch, LaunchAction, Role, SnapshotFacts};
 use forkd_store::{Blob, Boot, SnapshotMeta, StagedSnapshot};
-use forkd_types::rest::{BakeEvent, BakeRequest};
+use forkd_types::rest::{BakeEvent, BakeRequest, EventKind};
 use forkd_types::{Digest, StageTimings, Tag};
 use tokio::sync::mpsc;
 
@@ -26,6 +26,7 @@ use crate::claims::{Claim, Claims};
 use crate::console::{self, Follower};
 use crate::control::{Control, expect_event};
 use crate::error::{NodeError, NodeResult, with_causes};
+use crate::events::News;
 use crate::guest::Guest;
 use crate::host::{Host, Traces, blocking, unix_now};
 use crate::launch::{self, Launched, Owned};
@@ -117,23 +118,30 @@ impl Bake {
     /// abandoned.
     pub(crate) async fn run(self, events: mpsc::Sender<BakeEvent>) {
         let abandoned = events.clone();
+        let (host, tag) = (Arc::clone(&self.host), self.tag.clone());
+        let failed =
+            |reason: &str| host.events.tell(News::of(EventKind::SnapshotFailed).snapshot(&tag).because(reason));
         let finished = tokio::select! {
             outcome = self.outcome(&events) => match outcome {
                 Ok(event) => event,
                 Err(error) => {
                     tracing::warn!(%error, "bake failed");
-                    BakeEvent::Failed { error: with_causes(&error) }
+                    let error = with_causes(&error);
+                    failed(&error);
+                    BakeEvent::Failed { error }
                 }
             },
             () = abandoned.closed() => {
                 tracing::warn!("a bake was abandoned by its client");
+                failed("it was abandoned by its client");
                 return;
             }
         };
         let _ = events.send(finished).await;
     }
 
-    async fn outcome(self, events: &mpsc::Sender<BakeEvent>) -> NodeResult<BakeEvent> {
+    /// Does it, telling `events` of its progress; the value is `Done`.
+    pub(crate) async fn outcome(self, events: &mpsc::Sender<BakeEvent>) -> NodeResult<BakeEvent> {
         let mut steps = Steps {
             tag: self.tag.clone(),
             events,
@@ -142,6 +150,7 @@ impl Bake {
             timings: StageTimings::default(),
         };
         steps.begin("boot", "booting the guest").await;
+        self.host.events.tell(News::of(EventKind::SnapshotWriting).snapshot(&self.tag));
         let (machine, launched) = self.boot()?;
         let console = machine.host.files.console(machine.traces.name());
         let mut follower = Follower::new(console.clone());
@@ -316,6 +325,9 @@ impl Bake {
         let published = publication::publish(&self.host.store, staged, self.request.replace, describe).await;
         // Children of the tag come from the new snapshot from now on.
         self.zygotes.discard(&self.tag);
+        if published.is_ok() {
+            self.host.events.tell(News::of(EventKind::SnapshotReady).snapshot(&self.tag));
+        }
         published.map_err(|error| with_causes(&error))
     }
 }

@@ -11,20 +11,22 @@
 //! that snapshot; one without has that snapshot's files as its own by hard links, so that neither needs the
 //! other and nothing is copied.
 
-use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use forkd_proto::monitor::Contents;
 use forkd_store::{DiffFacts, MEMORY_LAYER, ParentRef, Snapshot, StagedSnapshot, StoreError};
-use forkd_types::rest::{BranchMode, BranchRequest, SnapshotInfo, SnapshotStatus};
+use forkd_types::rest::{BranchMode, BranchRequest, EventKind, SnapshotInfo, SnapshotStatus};
 use forkd_types::{PageCount, Tag};
 
+use crate::branch_slots::BranchSlots;
 use crate::claims::Claims;
 use crate::database::Base;
 use crate::error::{NodeError, NodeResult, with_causes};
+use crate::events::News;
+use crate::gauges::observe_branch;
 use crate::host::{Host, blocking, unix_now};
 use crate::lineage::{adopt_layers, chain_of, contents_over, describe, lies_over};
 use crate::publication::Written;
@@ -36,33 +38,8 @@ use crate::zygotes::Zygotes;
 /// How long the guest may take to flush its file systems.
 const SYNC_LIMIT: Duration = Duration::from_secs(60);
 
-/// Branches that failed after their request had been answered, by tag; shown until the tag is used again.
-#[derive(Clone, Default)]
-pub(crate) struct FailedBranches(Arc<Mutex<BTreeMap<Tag, SnapshotInfo>>>);
-
-impl FailedBranches {
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<Tag, SnapshotInfo>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// All of them, in the order of their tags.
-    pub(crate) fn all(&self) -> Vec<SnapshotInfo> {
-        self.lock().values().cloned().collect()
-    }
-
-    /// Why the branch `tag` failed.
-    pub(crate) fn reason(&self, tag: &Tag) -> Option<String> {
-        self.lock().get(tag).and_then(|info| info.warning.clone())
-    }
-
-    /// Forgets `tag`; false when it was not there.
-    pub(crate) fn forget(&self, tag: &Tag) -> bool {
-        self.lock().remove(tag).is_some()
-    }
-}
-
 /// What a branch is to be, checked.
-struct Order {
+pub(crate) struct Order {
     tag: Tag,
     wait: bool,
     measure: bool,
@@ -73,6 +50,11 @@ struct Order {
 }
 
 impl Order {
+    /// One that waits and takes the place of an earlier snapshot of `tag`.
+    pub(crate) fn replacing(tag: Tag) -> Self {
+        Self { tag, wait: true, measure: false, layered: false, sync: false, replace: true }
+    }
+
     /// Checks what can be checked without the sandbox, in the order that clients know.
     fn check(request: &BranchRequest) -> NodeResult<Self> {
         let tag = match &request.tag {
@@ -113,11 +95,11 @@ pub(crate) struct Brancher {
     pub(crate) host: Arc<Host>,
     pub(crate) zygotes: Arc<Zygotes>,
     pub(crate) claims: Claims,
-    pub(crate) failed: FailedBranches,
+    pub(crate) slots: BranchSlots,
 }
 
 /// A branch whose source runs again.
-struct Begun {
+pub(crate) struct Begun {
     order: Order,
     source: Arc<Sandbox>,
     /// The snapshot that the sandbox changes and all it derives from, the base first.
@@ -145,6 +127,7 @@ impl Brancher {
     /// The sandbox runs on after each of them, and nothing is left of the snapshot.
     pub(crate) async fn branch(&self, sandbox: &Arc<Sandbox>, request: &BranchRequest) -> NodeResult<SnapshotInfo> {
         let order = Order::check(request)?;
+        let slot = self.slots.take()?;
         let claim = self.claims.claim(&order.tag)?;
         let (store, own, replace) = (self.host.store.clone(), order.tag.clone(), order.replace);
         blocking("looking for a snapshot", move || match store.get(&own) {
@@ -159,7 +142,7 @@ impl Brancher {
             let rule = "it must be the snapshot that the sandbox was forked from";
             return Err(NodeError::BadField { field: "parent_tag", value: parent.clone(), rule });
         }
-        self.failed.forget(&order.tag);
+        self.claims.forget_failure(&order.tag);
         let begun = self.begin(sandbox, order).await?;
         if begun.order.wait {
             return self.finish(begun).await;
@@ -177,17 +160,18 @@ impl Brancher {
                 let reason = with_causes(&error);
                 tracing::warn!(%tag, reason, "a snapshot of a running sandbox failed");
                 let warning = Some(reason);
-                let info = SnapshotInfo { status: SnapshotStatus::Failed, warning, stages: None, ..failed };
-                brancher.failed.lock().insert(tag, info);
+                claim.fail(SnapshotInfo { status: SnapshotStatus::Failed, warning, stages: None, ..failed });
+            } else {
+                // Not before its outcome can be seen.
+                drop(claim);
             }
-            // Not before its outcome can be seen.
-            drop(claim);
+            drop(slot);
         });
         Ok(answer)
     }
 
     /// Forks the writer; the sandbox runs again when this returns.
-    async fn begin(&self, sandbox: &Arc<Sandbox>, order: Order) -> NodeResult<Begun> {
+    pub(crate) async fn begin(&self, sandbox: &Arc<Sandbox>, order: Order) -> NodeResult<Begun> {
         let began = Instant::now();
         let _turn = sandbox.turn.lock().await;
         let running = sandbox.running()?;
@@ -195,12 +179,13 @@ impl Brancher {
         let contents = if order.layered { Contents::Changes } else { contents_over(&chain) };
         if order.sync {
             let failed = |source| NodeError::Guest { what: "sync", id: sandbox.id.clone(), source };
-            sandbox.guest()?.sync(SYNC_LIMIT).await.map_err(failed)?;
+            sandbox.idle_guest()?.sync(SYNC_LIMIT).await.map_err(failed)?;
         }
         let failed = |source| NodeError::Monitor { what: "take a snapshot", id: sandbox.id.clone(), source };
         let disks = sandbox.origin.disks;
         let writer =
             SnapshotWriter::fork(&self.host, &running.control, disks, &staged, contents).await.map_err(failed)?;
+        self.host.events.tell(News::of(EventKind::SnapshotWriting).snapshot(&order.tag).sandbox(&sandbox.id));
         Ok(Begun { order, source: Arc::clone(sandbox), chain, over, contents, staged, writer, began })
     }
 
@@ -231,7 +216,7 @@ impl Brancher {
     }
 
     /// Waits for the writer and publishes what it wrote.
-    async fn finish(&self, begun: Begun) -> NodeResult<SnapshotInfo> {
+    pub(crate) async fn finish(&self, begun: Begun) -> NodeResult<SnapshotInfo> {
         let Begun { order, source, chain, over, contents, staged, writer, began } = begun;
         let (tag, pause_us, mut stages) = (order.tag.clone(), writer.pause_us, writer.stages.clone());
         let branched_from = Some(source.id.to_string());
@@ -254,9 +239,13 @@ impl Brancher {
             }
             Ok(meta)
         };
-        let info = self.complete(&tag, writer, staged, order.replace, describe).await?;
+        let info = self.complete(&tag, writer, staged, order.replace, describe).await.inspect_err(|error| {
+            let news = News::of(EventKind::SnapshotFailed).snapshot(&tag).sandbox(&source.id);
+            self.host.events.tell(news.because(with_causes(error)));
+        })?;
         source.note_branch(&self.host, Path::new(&info.dir).join(MEMORY_LAYER).display().to_string());
         stages.0.extend(info.stages.into_iter().flat_map(|written| written.0));
+        observe_branch(pause_us, &stages);
         tracing::info!(%tag, pause_us, took_ms = began.elapsed().as_millis() as u64, "took a snapshot");
         Ok(SnapshotInfo { stages: Some(stages), ..info })
     }

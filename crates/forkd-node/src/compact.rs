@@ -40,7 +40,7 @@ impl Brancher {
         };
         let info = self.complete(to, writer, staged, false, describe).await?;
         drop(claim);
-        self.failed.forget(to);
+        self.claims.forget_failure(to);
         Ok(SnapshotInfo { stages: None, ..info })
     }
 }

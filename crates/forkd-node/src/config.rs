@@ -30,6 +30,12 @@ pub struct NodeConfig {
     pub snapshot_deadline: Duration,
     /// The most bytes of output that a buffered `exec` collects.
     pub exec_output_limit: usize,
+    /// How many branches may be under way at a time.
+    pub branch_concurrency: usize,
+    /// A workspace that was made without saying so is suspended when nothing was run in it for this long.
+    pub workspace_idle: Option<Duration>,
+    /// The agent program that becomes `/init` of guests that this host boots from a kernel and a root disk of its own.
+    pub agent: PathBuf,
     /// How much memory checkpoints may take together before the oldest go to disk.
     pub checkpoint_memory_bytes: u64,
 }
@@ -85,6 +91,9 @@ impl NodeConfig {
             keep_stopped: Duration::from_secs(3600),
             snapshot_deadline: Duration::from_secs(1800),
             exec_output_limit: 64 << 20,
+            branch_concurrency: 4,
+            workspace_idle: None,
+            agent: absolute(vmm)?.with_file_name("forkd-agent"),
             checkpoint_memory_bytes: default_checkpoint_memory(),
         })
     }

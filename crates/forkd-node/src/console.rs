@@ -80,6 +80,10 @@ impl Follower {
     /// What was written since the last look.
     pub(crate) fn take(&mut self) -> io::Result<String> {
         let mut file = File::open(&self.path)?;
+        // Cut since the last look: what was kept is told again rather than anything missed.
+        if file.metadata()?.len() < self.offset {
+            self.offset = 0;
+        }
         file.seek(SeekFrom::Start(self.offset))?;
         let mut bytes = Vec::new();
         file.take(256 << 10).read_to_end(&mut bytes)?;

@@ -5,13 +5,16 @@
 //! per commit: a crash of the daemon loses nothing; a crash of the host may lose the last commits,
 //! and with them sandboxes that ended in the same instant.
 
+pub(crate) mod answers;
 pub(crate) mod checkpoints;
+pub(crate) mod workspaces;
 
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use forkd_types::rest::OnTimeout;
 use forkd_types::{Digest, SandboxId, Tag};
 use rusqlite::{Connection, OptionalExtension, Row, params};
 use tokio::sync::oneshot;
@@ -66,7 +69,7 @@ pub enum DatabaseError {
 }
 
 /// The schema version that this code writes.
-const CURRENT: u32 = 4;
+const CURRENT: u32 = 5;
 
 /// Step N brings a database of version N to version N + 1.
 const MIGRATIONS: [&str; CURRENT as usize] = [
@@ -132,6 +135,35 @@ CREATE TABLE checkpoint (
     disk_digest     TEXT,
     UNIQUE (sandbox, name)
 ) STRICT;
+",
+    "
+ALTER TABLE sandbox ADD COLUMN expires_at_unix INTEGER;
+ALTER TABLE sandbox ADD COLUMN on_timeout TEXT;
+CREATE TABLE workspace (
+    name              TEXT PRIMARY KEY,
+    id                TEXT NOT NULL,
+    source_tag        TEXT NOT NULL,
+    state_tag         TEXT,
+    sandbox           TEXT,
+    status            TEXT NOT NULL CHECK (status IN ('running', 'suspended', 'stale')),
+    created_at_unix   INTEGER NOT NULL,
+    last_active_unix  INTEGER NOT NULL,
+    memory_path       TEXT,
+    per_child_netns   INTEGER NOT NULL,
+    memory_limit_mib  INTEGER,
+    hugepages         INTEGER NOT NULL,
+    idle_suspend_secs INTEGER
+) STRICT;
+-- What requests with an idempotency key were answered.
+CREATE TABLE answer (
+    key             BLOB PRIMARY KEY,
+    request         BLOB NOT NULL,
+    status          INTEGER NOT NULL,
+    content_type    TEXT,
+    body            BLOB NOT NULL,
+    created_at_unix INTEGER NOT NULL
+) STRICT;
+CREATE INDEX answer_age ON answer (created_at_unix);
 ",
 ];
 
@@ -204,11 +236,39 @@ pub(crate) struct Branches {
     pub(crate) last: Option<String>,
 }
 
+/// When a sandbox ends by itself, and how.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Expiry {
+    pub(crate) at_unix: u64,
+    pub(crate) then: OnTimeout,
+}
+
+impl Expiry {
+    /// What two columns hold of it.
+    fn columns(expiry: Option<Self>) -> (Option<u64>, Option<&'static str>) {
+        let word = |then| match then {
+            OnTimeout::Kill => "kill",
+            OnTimeout::Suspend => "suspend",
+        };
+        expiry.map(|expiry| (expiry.at_unix, word(expiry.then))).unzip()
+    }
+
+    fn from_row(row: &Row<'_>) -> rusqlite::Result<Option<Self>> {
+        let at: Option<u64> = row.get("expires_at_unix")?;
+        let then = match row.get::<_, Option<String>>("on_timeout")?.as_deref() {
+            Some("suspend") => OnTimeout::Suspend,
+            _ => OnTimeout::Kill,
+        };
+        Ok(at.map(|at_unix| Self { at_unix, then }))
+    }
+}
+
 /// One recorded sandbox.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) struct Record {
     pub(crate) id: SandboxId,
     pub(crate) origin: Origin,
+    pub(crate) expiry: Option<Expiry>,
     pub(crate) state: RecordState,
     pub(crate) branches: Branches,
     pub(crate) process: Option<ProcessKey>,
@@ -250,7 +310,12 @@ impl Database {
 
     /// Reserves as many consecutive sequence numbers as `count` and records a starting sandbox for
     /// each; returns their ids.
-    pub(crate) async fn begin(&self, origin: Origin, count: u32) -> Result<Vec<SandboxId>, DatabaseError> {
+    pub(crate) async fn begin(
+        &self,
+        origin: Origin,
+        expiry: Option<Expiry>,
+        count: u32,
+    ) -> Result<Vec<SandboxId>, DatabaseError> {
         self.call("record a spawn", move |db| {
             let first: u64 = db.query_row(
                 "UPDATE counter SET next = next + ?1 WHERE name = 'sandbox' RETURNING next - ?1",
@@ -259,9 +324,11 @@ impl Database {
             )?;
             let mut insert = db.prepare_cached(
                 "INSERT INTO sandbox (id, snapshot_tag, snapshot_digest, forked_from, state, created_at_unix,
-                                      memory_limit_mib, disks, base_tag, base_digest, auto_checkpoint)
-                 VALUES (?1, ?2, ?3, ?4, 'starting', ?5, ?6, ?7, ?8, ?9, ?10)",
+                                      memory_limit_mib, disks, base_tag, base_digest, auto_checkpoint,
+                                      expires_at_unix, on_timeout)
+                 VALUES (?1, ?2, ?3, ?4, 'starting', ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)",
             )?;
+            let (expires_at, on_timeout) = Expiry::columns(expiry);
             let (base_tag, base_digest) = Base::columns(origin.base.as_ref());
             (first..first + u64::from(count))
                 .map(|sequence| {
@@ -277,6 +344,8 @@ impl Database {
                         base_tag,
                         base_digest,
                         origin.auto_checkpoint,
+                        expires_at,
+                        on_timeout,
                     ])?;
                     Ok(id)
                 })
@@ -318,6 +387,37 @@ impl Database {
                 params![id.as_str(), tag, digest],
             )
         });
+    }
+
+    /// Records when a sandbox ends by itself.
+    pub(crate) async fn note_expiry(&self, id: SandboxId, expiry: Option<Expiry>) -> Result<(), DatabaseError> {
+        self.call("note a sandbox's lifetime", move |db| {
+            let (at, then) = Expiry::columns(expiry);
+            let columns = params![id.as_str(), at, then];
+            db.execute("UPDATE sandbox SET expires_at_unix = ?2, on_timeout = ?3 WHERE id = ?1", columns).map(drop)
+        })
+        .await
+    }
+
+    /// Marks a sandbox as stopped whose process, if there is one, is yet to be ended: a helper from now on, which
+    /// the next start would end.
+    pub(crate) async fn stopping(
+        &self,
+        id: SandboxId,
+        process: ProcessKey,
+        reason: String,
+        at_unix: u64,
+    ) -> Result<(), DatabaseError> {
+        self.call("record a suspended sandbox", move |db| {
+            note_ending(db, &id, process)?;
+            db.execute(
+                "UPDATE sandbox SET state = 'stopped', reason = ?2, stopped_at_unix = ?3, pid = NULL,
+                                    pid_started = NULL, expires_at_unix = NULL, on_timeout = NULL WHERE id = ?1",
+                params![id.as_str(), reason, at_unix],
+            )
+            .map(drop)
+        })
+        .await
     }
 
     /// Marks a sandbox as stopped by itself; does not wait.
@@ -430,6 +530,11 @@ impl Database {
         .await
     }
 
+    /// Commits a change that changes nothing.
+    pub(crate) async fn try_to_write(&self) -> Result<(), DatabaseError> {
+        self.call("write to it", |db| db.execute("UPDATE counter SET next = next", []).map(drop)).await
+    }
+
     /// Waits until everything posted so far is committed.
     pub(crate) async fn settle(&self) -> Result<(), DatabaseError> {
         self.call("settle", |_| Ok(())).await
@@ -526,6 +631,12 @@ fn migrate(connection: &mut Connection, path: &Path) -> Result<(), DatabaseError
     Ok(())
 }
 
+/// Notes the process of a sandbox that nobody needs any more as a helper.
+fn note_ending(db: &Connection, id: &SandboxId, process: ProcessKey) -> rusqlite::Result<()> {
+    let columns = params![process.pid, process.started, id.as_str()];
+    db.execute("INSERT OR REPLACE INTO helper VALUES (?1, ?2, ?3)", columns).map(drop)
+}
+
 /// The outer error is SQLite's, the inner one says which stored value makes no sense.
 fn record_from(row: &Row<'_>) -> rusqlite::Result<Result<Record, String>> {
     let id: String = row.get("id")?;
@@ -559,7 +670,8 @@ fn record_from(row: &Row<'_>) -> rusqlite::Result<Result<Record, String>> {
         auto_checkpoint: row.get("auto_checkpoint")?,
     };
     let branches = Branches { count: row.get("branches")?, last: optional("last_branch")? };
-    Ok(Ok(Record { id, origin, state, branches, process }))
+    let expiry = Expiry::from_row(row)?;
+    Ok(Ok(Record { id, origin, expiry, state, branches, process }))
 }
 
 #[cfg(test)]
@@ -579,16 +691,18 @@ mod tests {
         }
     }
 
+    const EXPIRY: Expiry = Expiry { at_unix: 99, then: OnTimeout::Suspend };
+
     #[tokio::test]
     async fn sequence_numbers_go_on_after_a_restart() {
         let dir = tempfile::tempdir().expect("tempdir");
         let path = dir.path().join("forkd.db");
         let db = Database::open(&path).expect("open");
-        let first = db.begin(origin(7), 2).await.expect("begin");
+        let first = db.begin(origin(7), None, 2).await.expect("begin");
         assert_eq!(first.iter().map(SandboxId::as_str).collect::<Vec<_>>(), ["sb-7-0000", "sb-7-0001"]);
         drop(db);
         let db = Database::open(&path).expect("open again");
-        assert_eq!(db.begin(origin(7), 1).await.expect("begin")[0].as_str(), "sb-7-0002");
+        assert_eq!(db.begin(origin(7), None, 1).await.expect("begin")[0].as_str(), "sb-7-0002");
     }
 
     #[tokio::test]
@@ -596,7 +710,7 @@ mod tests {
         let dir = tempfile::tempdir().expect("tempdir");
         let path = dir.path().join("forkd.db");
         let db = Database::open(&path).expect("open");
-        let ids = db.begin(origin(7), 3).await.expect("begin");
+        let ids = db.begin(origin(7), Some(EXPIRY), 3).await.expect("begin");
         let process = ProcessKey { pid: 41, started: 4_000_000_000 };
         db.note_process(ids[2].clone(), process);
         db.running(vec![(ids[0].clone(), process), (ids[1].clone(), process)]).await.expect("running");
@@ -616,6 +730,14 @@ mod tests {
         );
         assert_eq!((&records[0].origin, &records[0].branches), (&origin(7), &branches));
         assert_eq!(records[1].branches, Branches::default());
+        assert!(records.iter().all(|record| record.expiry == Some(EXPIRY)));
+        db.note_expiry(ids[0].clone(), None).await.expect("note");
+        let reason = "was suspended".to_owned();
+        db.stopping(ids[1].clone(), process, reason.clone(), 11).await.expect("note");
+        let records = db.sandboxes().await.expect("read");
+        assert_eq!((records[0].expiry, records[1].expiry), (None, None));
+        assert_eq!(records[1].state, RecordState::Stopped { reason, at_unix: 11 });
+        assert_eq!(db.helpers().await.expect("read"), [(process, ids[1].to_string())], "it is ended at the next start");
         db.forget(ids);
         assert!(db.sandboxes().await.expect("read").is_empty());
     }
@@ -625,7 +747,7 @@ mod tests {
         let dir = tempfile::tempdir().expect("tempdir");
         let db = Database::open(&dir.path().join("forkd.db")).expect("open");
         let bad = db.call("fail", |db| db.execute("INSERT INTO nowhere VALUES (1)", []));
-        let good = db.begin(origin(1), 1);
+        let good = db.begin(origin(1), None, 1);
         let (bad, good) = tokio::join!(bad, good);
         assert!(bad.expect_err("no such table").to_string().contains("nowhere"));
         good.expect("unharmed");
@@ -675,6 +797,35 @@ mod tests {
         let records = db.sandboxes().await.expect("read");
         assert_eq!(records[0].origin.snapshot_digest, None);
         assert_eq!(records[0].branches, Branches::default());
+    }
+
+    #[tokio::test]
+    async fn a_database_of_the_fourth_schema_is_taken_over_with_all_that_is_in_it() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let path = dir.path().join("forkd.db");
+        let old = Connection::open(&path).expect("open");
+        for step in &MIGRATIONS[..4] {
+            old.execute_batch(step).expect("the schema as released");
+        }
+        old.pragma_update(None, "user_version", 4).expect("note its version");
+        old.execute_batch(
+            "INSERT INTO sandbox (id, snapshot_tag, state, created_at_unix, disks, memory_limit_mib, base_tag, base_digest,
+                                  auto_checkpoint, pid, pid_started)
+             VALUES ('sb-7-0000', 'py', 'running', 7, 1, 64, NULL, NULL, 1, 12, 34);
+             INSERT INTO checkpoint (sandbox, name, created_at_unix, pause_us, disks, automatic, pid, pid_started,
+                                     process_name)
+             VALUES ('sb-7-0000', 'cp-1', 8, 9, 1, 0, 13, 35, 'frozen-1');
+             UPDATE counter SET next = 1;",
+        )
+        .expect("rows as released");
+        drop(old);
+        let db = Database::open(&path).expect("migrate");
+        let records = db.sandboxes().await.expect("read");
+        assert_eq!((records.len(), records[0].expiry, records[0].origin.auto_checkpoint), (1, None, true));
+        assert_eq!(records[0].process, Some(ProcessKey { pid: 12, started: 34 }));
+        assert_eq!(db.checkpoints().await.expect("read")[0].name, "cp-1");
+        assert!(db.workspaces().await.expect("read").is_empty());
+        assert_eq!(db.begin(origin(7), None, 1).await.expect("begin")[0].as_str(), "sb-7-0001");
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
+use forkd_proto::agent::FailureCode;
 use forkd_store::StoreError;
 use forkd_store::pack::PackError;
 use forkd_types::rest::SPAWN_LIMIT;
@@ -52,6 +53,60 @@ pub enum NodeError {
         /// How it ended, as a predicate.
         reason: String,
     },
+    /// The sandbox stands still while it is put on disk.
+    #[error("sandbox {id} is being suspended; go on with what it becomes when that is done")]
+    SandboxSuspending {
+        /// The id.
+        id: SandboxId,
+    },
+    /// No workspace of this name.
+    #[error("workspace {name} not found; `forkd workspace list` shows those there are")]
+    WorkspaceNotFound {
+        /// The name.
+        name: String,
+    },
+    /// There is a workspace of this name.
+    #[error("a workspace {name} exists already; choose another name or delete it")]
+    WorkspaceExists {
+        /// The name.
+        name: String,
+    },
+    /// A name that no workspace can have.
+    #[error("invalid workspace name {name:?}: {reason}")]
+    BadWorkspaceName {
+        /// The name.
+        name: String,
+        /// The rule that it breaks.
+        reason: String,
+    },
+    /// The workspace is not in the state that the request needs.
+    #[error("workspace {name} is {is}; {advice}")]
+    WorkspaceState {
+        /// The name.
+        name: String,
+        /// The state that it is in.
+        is: &'static str,
+        /// What can be done.
+        advice: &'static str,
+    },
+    /// A snapshot that a workspace goes on from.
+    #[error(
+        "snapshot {tag} is the state of workspace {name} and goes with it; `forkd workspace delete {name}` removes both"
+    )]
+    IsWorkspaceState {
+        /// The tag.
+        tag: Tag,
+        /// The workspace.
+        name: String,
+    },
+    /// A file that a snapshot is to be made of cannot be used.
+    #[error("cannot make snapshot {tag}: {reason}")]
+    Ingredient {
+        /// The tag.
+        tag: Tag,
+        /// What is wrong with which file.
+        reason: String,
+    },
     /// The snapshot cannot be forked now.
     #[error("snapshot {tag} is not ready: {reason}")]
     SnapshotNotReady {
@@ -67,6 +122,12 @@ pub enum NodeError {
         tag: Tag,
         /// The features, separated by spaces.
         missing: String,
+    },
+    /// As many branches as may be are under way.
+    #[error("{cap} branches are under way, the most that may be at a time; come again when one has ended")]
+    BranchesFull {
+        /// The most there may be.
+        cap: usize,
     },
     /// A snapshot of this tag is being made.
     #[error("a snapshot {tag} is being made already; wait for it or choose another tag")]
@@ -221,8 +282,16 @@ impl NodeError {
             Self::BadField { .. } => "bad_field",
             Self::SandboxNotFound { .. } => "sandbox_not_found",
             Self::SandboxStopped { .. } => "sandbox_stopped",
+            Self::SandboxSuspending { .. } => "sandbox_suspending",
+            Self::WorkspaceNotFound { .. } => "workspace_not_found",
+            Self::WorkspaceExists { .. } => "workspace_exists",
+            Self::BadWorkspaceName { .. } => "bad_workspace_name",
+            Self::WorkspaceState { .. } => "workspace_state",
+            Self::IsWorkspaceState { .. } => "is_workspace_state",
+            Self::Ingredient { .. } => "bad_ingredient",
             Self::SnapshotNotReady { .. } => "snapshot_not_ready",
             Self::ProcessorLacks { .. } => "processor_lacks_features",
+            Self::BranchesFull { .. } => "branches_full",
             Self::SnapshotInProgress { .. } => "snapshot_in_progress",
             Self::BlobMissing { .. } => "blob_missing",
             Self::Bake { .. } => "bake_failed",
@@ -235,6 +304,15 @@ impl NodeError {
             Self::AllFailed { .. } => "spawn_failed",
             Self::Guest { source: GuestError::OutputTooLarge { .. }, .. } => "output_too_large",
             Self::Guest { source: GuestError::TimedOut { .. }, .. } => "guest_timed_out",
+            Self::Guest { source: GuestError::Refused(failure), .. } => match failure.code {
+                FailureCode::NotFound => "guest_not_found",
+                FailureCode::Denied => "guest_denied",
+                FailureCode::Invalid => "guest_invalid",
+                FailureCode::Conflict => "guest_conflict",
+                FailureCode::NoSpace => "guest_no_space",
+                FailureCode::TimedOut => "guest_timed_out",
+                FailureCode::Internal => "guest_failed",
+            },
             Self::Guest { .. } => "guest_failed",
             Self::Monitor { .. } => "monitor_failed",
             Self::Pack(error) => error.code(),

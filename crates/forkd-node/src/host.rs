@@ -11,6 +11,7 @@ use crate::cgroup::Cgroups;
 use crate::config::NodeConfig;
 use crate::database::Database;
 use crate::error::{NodeError, NodeResult};
+use crate::events::Events;
 use crate::run_files::RunFiles;
 
 /// The node's means.
@@ -21,6 +22,7 @@ pub(crate) struct Host {
     pub(crate) files: RunFiles,
     pub(crate) cgroups: Cgroups,
     pub(crate) cpu: CpuFacts,
+    pub(crate) events: Events,
 }
 
 impl Host {

@@ -5,34 +5,43 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use forkd_proto::agent::{Eval, Evaluated, Exec, Pong};
+use forkd_proto::agent::{Eval, Evaluated, Exec, FailureCode, Pong};
 use forkd_proto::monitor::Command;
 use forkd_store::pack::{Pack, PackOptions, UnpackOptions};
 use forkd_store::{BlobWriter, Listed, Store, StoreError};
 use forkd_types::rest::{
-    BakeEvent, BakeRequest, BranchRequest, CheckpointInfo, CheckpointRequest, EvalRequest, EvalResponse, ExecRequest,
-    ExecResponse, ForkRequest, RewindRequest, SandboxInfo, SandboxMemory, SnapshotInfo, SpawnReport, SpawnRequest,
-    UnpackReport,
+    BakeEvent, BakeRequest, BranchRequest, CheckpointInfo, CheckpointRequest, CreateWorkspaceRequest, EvalRequest,
+    EvalResponse, EventKind, ExecRequest, ExecResponse, ForkRequest, RewindRequest, SandboxInfo, SandboxMemory,
+    SnapshotDetail, SnapshotInfo, SpawnReport, SpawnRequest, TimeoutRequest, UnpackReport, VerifyProgress,
+    WorkspaceInfo,
 };
 use forkd_types::{Digest, PageCount, SandboxId, Tag};
 use rustix::process::{Resource, Rlimit};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
+use crate::activity::InUse;
 use crate::bake::Bake;
-use crate::branch::{Brancher, FailedBranches};
+use crate::branch::Brancher;
+use crate::branch_slots::BranchSlots;
 use crate::cgroup::Cgroups;
 use crate::checkpoints::Checkpoints;
 use crate::claims::Claims;
 use crate::config::NodeConfig;
+use crate::console_stream::ConsoleStream;
 use crate::control::expect_event;
 use crate::database::Database;
+use crate::database::answers::RememberedAnswer;
 use crate::error::{NodeError, NodeResult};
-use crate::guest::{GuestConnection, GuestError, is_not_found};
+use crate::events::{Events, Listener, News};
+use crate::gauges::{self, NodeGauges, ZygoteGauge};
+use crate::guest::{GuestConnection, GuestError};
 use crate::host::{Host, blocking};
+use crate::lifetime::Lifetimes;
 use crate::run_files::RunFiles;
 use crate::sandbox::{Roster, Sandbox, clear};
-use crate::snapshots::{self, Removal, SnapshotDetail, VerifyProgress};
+use crate::snapshots::{self, Removal};
+use crate::workspaces::Workspaces;
 use crate::zygotes::Zygotes;
 use crate::{adoption, console, cpu, memory, spawn};
 
@@ -40,7 +49,7 @@ use crate::{adoption, console, cpu, memory, spawn};
 const TIDY_EVERY: Duration = Duration::from_secs(15);
 
 /// What is added to a program's own time limit before the guest counts as silent.
-const ANSWER_GRACE: Duration = Duration::from_secs(5);
+pub const ANSWER_GRACE: Duration = Duration::from_secs(5);
 
 /// How long a ping may take.
 const PING_LIMIT: Duration = Duration::from_secs(5);
@@ -48,12 +57,13 @@ const PING_LIMIT: Duration = Duration::from_secs(5);
 /// Every sandbox of this host. Clones share it.
 #[derive(Clone)]
 pub struct Node {
-    host: Arc<Host>,
-    zygotes: Arc<Zygotes>,
-    roster: Arc<Roster>,
-    checkpoints: Arc<Checkpoints>,
-    brancher: Brancher,
-    _tidying: Arc<AbortOnDrop>,
+    pub(crate) host: Arc<Host>,
+    pub(crate) zygotes: Arc<Zygotes>,
+    pub(crate) roster: Arc<Roster>,
+    pub(crate) checkpoints: Arc<Checkpoints>,
+    pub(crate) brancher: Brancher,
+    lifetimes: Arc<Lifetimes>,
+    _tidying: Arc<[AbortOnDrop; 2]>,
 }
 
 struct AbortOnDrop(JoinHandle<()>);
@@ -62,15 +72,6 @@ impl Drop for AbortOnDrop {
     fn drop(&mut self) {
         self.0.abort();
     }
-}
-
-/// Numbers for `/metrics`.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct NodeGauges {
-    /// Published snapshots.
-    pub snapshots: usize,
-    /// Sandboxes that run.
-    pub sandboxes: usize,
 }
 
 impl Node {
@@ -86,23 +87,101 @@ impl Node {
             host: Arc::clone(&host),
             zygotes: Arc::clone(&zygotes),
             claims: Claims::default(),
-            failed: FailedBranches::default(),
+            slots: BranchSlots::new(host.config.branch_concurrency),
         };
         let checkpoints = Arc::new(Checkpoints::new(Arc::clone(&host), Arc::clone(&roster), brancher.clone()));
         adoption::adopt_all(&host, &roster, &checkpoints).await?;
         checkpoints.sweep().await;
         let tidying =
             tokio::spawn(tidy(Arc::clone(&host), Arc::clone(&zygotes), Arc::clone(&roster), Arc::clone(&checkpoints)));
-        Ok(Self { host, zygotes, roster, checkpoints, brancher, _tidying: Arc::new(AbortOnDrop(tidying)) })
+        let workspaces = Workspaces::load(&host, &roster, &checkpoints, &brancher).await?;
+        let lifetimes = Arc::new(Lifetimes {
+            host: Arc::clone(&host),
+            roster: Arc::clone(&roster),
+            checkpoints: Arc::clone(&checkpoints),
+            brancher: brancher.clone(),
+            workspaces,
+        });
+        let enforcing = tokio::spawn(Arc::clone(&lifetimes).enforce());
+        let tidying = Arc::new([tidying, enforcing].map(AbortOnDrop));
+        Ok(Self { host, zygotes, roster, checkpoints, brancher, lifetimes, _tidying: tidying })
+    }
+
+    /// Lets listeners end once they have been given everything.
+    pub fn end_listening(&self) {
+        self.host.events.close();
+    }
+
+    /// What happens from now on, or happened after the event `after`; with `sandbox`, only what is about that.
+    pub fn listen(&self, after: Option<u64>, sandbox: Option<SandboxId>) -> Listener {
+        Listener::new(&self.host, after, sandbox)
+    }
+
+    /// The workspaces, by name.
+    pub fn workspaces(&self) -> Vec<WorkspaceInfo> {
+        self.lifetimes.workspaces.list()
+    }
+
+    /// One workspace.
+    pub fn workspace(&self, name: &str) -> NodeResult<WorkspaceInfo> {
+        self.lifetimes.workspaces.get(name)
+    }
+
+    /// Makes a workspace of a snapshot.
+    pub async fn create_workspace(&self, request: CreateWorkspaceRequest) -> NodeResult<WorkspaceInfo> {
+        self.lifetimes.workspaces.create(request).await.map_err(|error| self.explain_unready(error))
+    }
+
+    /// Puts a workspace on disk and ends its sandbox.
+    pub async fn suspend_workspace(&self, name: &str) -> NodeResult<WorkspaceInfo> {
+        self.lifetimes.workspaces.suspend(name).await?;
+        self.workspace(name)
+    }
+
+    /// Brings a workspace back.
+    pub async fn resume_workspace(&self, name: &str) -> NodeResult<WorkspaceInfo> {
+        self.lifetimes.workspaces.resume(name).await.map_err(|error| self.explain_unready(error))
+    }
+
+    /// Removes a workspace with its sandbox and its state.
+    pub async fn delete_workspace(&self, name: &str) -> NodeResult<()> {
+        self.lifetimes.workspaces.delete(name).await
+    }
+
+    /// Changes when a sandbox ends by itself.
+    pub async fn change_timeout(&self, id: &SandboxId, request: &TimeoutRequest) -> NodeResult<SandboxInfo> {
+        self.lifetimes.change(id, request).await
+    }
+
+    /// Puts a sandbox on disk and ends it, also when nobody waits for it any longer; returns the snapshot it is in.
+    pub async fn suspend(&self, id: &SandboxId) -> NodeResult<SnapshotInfo> {
+        let (lifetimes, sandbox) = (Arc::clone(&self.lifetimes), self.roster.get(id)?);
+        let suspending = tokio::spawn(async move { lifetimes.suspend(&sandbox).await });
+        suspending.await.map_err(|_| NodeError::Interrupted { what: "suspending a sandbox" })?
+    }
+
+    /// Notes that a sandbox is in use until what is returned is dropped.
+    pub fn in_use(&self, id: &SandboxId) -> NodeResult<InUse> {
+        Ok(self.roster.get(id)?.in_use())
+    }
+
+    /// What a request with this idempotency key was answered, if that is kept still.
+    pub async fn remembered_answer(&self, key: [u8; 32]) -> NodeResult<Option<RememberedAnswer>> {
+        Ok(self.host.database.answer(key).await?)
+    }
+
+    /// Keeps what a request with this idempotency key was answered.
+    pub async fn remember_answer(&self, key: [u8; 32], answer: RememberedAnswer) -> NodeResult<()> {
+        Ok(self.host.database.note_answer(key, answer).await?)
     }
 
     /// Ends every sandbox and waits until the monitors have ended.
     pub async fn kill_all(&self) {
         for sandbox in self.roster.all() {
-            let running = sandbox.running();
+            let machine = sandbox.machine();
             self.checkpoints.forget(&sandbox.id);
-            if self.roster.remove(&sandbox.id).is_ok()
-                && let Ok(running) = running
+            if self.roster.end(&sandbox.id, Some("the daemon stops")).is_ok()
+                && let Some(running) = machine
             {
                 running.process.exited().await;
                 clear(&self.host, &sandbox.id);
@@ -129,7 +208,7 @@ impl Node {
             NodeError::Store(StoreError::NotFound { tag }) if self.brancher.claims.has(&tag) => {
                 NodeError::SnapshotNotReady { tag, reason: "it is still being made".to_owned() }
             }
-            NodeError::Store(StoreError::NotFound { tag }) => match self.brancher.failed.reason(&tag) {
+            NodeError::Store(StoreError::NotFound { tag }) => match self.brancher.claims.failure(&tag) {
                 Some(reason) => NodeError::SnapshotNotReady { tag, reason },
                 None => StoreError::NotFound { tag }.into(),
             },
@@ -187,7 +266,7 @@ impl Node {
 
     /// Ends a sandbox at once and forgets it.
     pub fn kill(&self, id: &SandboxId) -> NodeResult<()> {
-        self.roster.remove(id)?;
+        self.roster.end(id, None)?;
         self.checkpoints.forget(id);
         Ok(())
     }
@@ -202,6 +281,7 @@ impl Node {
         let ExecRequest { args, timeout_secs, env, cwd, user, stdin } = request;
         let timeout = Duration::from_secs(timeout_secs);
         let timeout_ms = Some(timeout_secs.saturating_mul(1000));
+        let _in_use = sandbox.in_use();
         self.checkpoints.take_automatically(&sandbox).await?;
         let exec = Exec { args, env, cwd, user, timeout_ms, ..Exec::default() };
         let (limit, output_limit) = (timeout.saturating_add(ANSWER_GRACE), self.host.config.exec_output_limit);
@@ -212,8 +292,10 @@ impl Node {
                 exit_code: done.exited.code,
                 timed_out: done.exited.timed_out,
             }),
-            // A program that is not there is an outcome of running it, as in a shell.
-            Err(GuestError::Refused(failure)) if is_not_found(&failure) => {
+            // A program that is not there, or no program, is an outcome of running it, as in a shell.
+            Err(GuestError::Refused(failure))
+                if matches!(failure.code, FailureCode::NotFound | FailureCode::Denied) =>
+            {
                 Ok(ExecResponse { stdout: String::new(), stderr: failure.message, exit_code: 1, timed_out: false })
             }
             Err(source) => Err(explain_loss(&sandbox, "exec", source).await),
@@ -226,6 +308,7 @@ impl Node {
         let timeout_ms = Some(request.timeout_secs.saturating_mul(1000));
         let eval = Eval { language: request.language, code: request.code, timeout_ms };
         let limit = Duration::from_secs(request.timeout_secs).saturating_add(ANSWER_GRACE);
+        let _in_use = sandbox.in_use();
         self.checkpoints.take_automatically(&sandbox).await?;
         match sandbox.guest()?.eval(eval, limit).await {
             Ok(Evaluated { result, error, stdout, .. }) => {
@@ -243,7 +326,7 @@ impl Node {
     /// Asks a sandbox's agent whether it is there.
     pub async fn ping(&self, id: &SandboxId) -> NodeResult<Pong> {
         let sandbox = self.roster.get(id)?;
-        match sandbox.guest()?.ping(PING_LIMIT).await {
+        match sandbox.idle_guest()?.ping(PING_LIMIT).await {
             Ok(pong) => Ok(pong),
             Err(source) => Err(explain_loss(&sandbox, "ping", source).await),
         }
@@ -259,6 +342,14 @@ impl Node {
         match sandbox.guest()?.connect().await {
             Ok(connection) => Ok(connection),
             Err(source) => Err(explain_loss(&sandbox, "agent connection", source).await),
+        }
+    }
+
+    /// The error for a request of a client's own to a sandbox's agent, `what`, that failed with `source`.
+    pub async fn explain(&self, id: &SandboxId, what: &'static str, source: GuestError) -> NodeError {
+        match self.roster.get(id) {
+            Ok(sandbox) => explain_loss(&sandbox, what, source).await,
+            Err(gone) => gone,
         }
     }
 
@@ -288,10 +379,16 @@ impl Node {
         blocking("reading a console", move || console::read(&path)).await?.map_err(NodeError::io(what))
     }
 
+    /// What a sandbox's guest has written to its console, and what it goes on to write.
+    pub fn follow_console(&self, id: &SandboxId) -> NodeResult<ConsoleStream> {
+        let sandbox = self.roster.get(id)?;
+        Ok(ConsoleStream::new(console::Follower::new(self.host.files.console(id.as_str())), sandbox))
+    }
+
     /// All snapshots in the order of their tags.
     pub async fn snapshots(&self) -> NodeResult<Vec<SnapshotInfo>> {
         let store = self.host.store.clone();
-        let mut failed = self.brancher.failed.all();
+        let mut failed = self.brancher.claims.all_failed();
         blocking("listing snapshots", move || {
             let mut listed = store.list()?;
             listed.retain(|listed| !snapshots::is_checkpoint(listed));
@@ -318,7 +415,12 @@ impl Node {
         if let Some(id) = checkpoint_of {
             return Err(NodeError::IsCheckpoint { tag: tag.clone(), id });
         }
-        let was_failed = self.brancher.failed.forget(tag);
+        if removal != Removal::Forced
+            && let Some(name) = self.lifetimes.workspaces.of_state(tag)
+        {
+            return Err(NodeError::IsWorkspaceState { tag: tag.clone(), name });
+        }
+        let was_failed = self.brancher.claims.forget_failure(tag);
         let (store, own) = (self.host.store.clone(), tag.clone());
         let (removed, outcome) = blocking("removing a snapshot", move || {
             let mut removed = Vec::new();
@@ -328,6 +430,7 @@ impl Node {
         .await?;
         for tag in &removed {
             self.zygotes.discard(tag);
+            self.host.events.tell(News::of(EventKind::SnapshotRemoved).snapshot(tag));
         }
         match outcome {
             // All there was of it is the memory of its failure, which is gone now.
@@ -394,7 +497,26 @@ impl Node {
         let listed = blocking("listing snapshots", move || store.list()).await??;
         let snapshots = listed.iter().filter(|listed| matches!(listed, Listed::Ready { .. })).count();
         let sandboxes = self.roster.all().iter().filter(|sandbox| sandbox.running().is_ok()).count();
-        Ok(NodeGauges { snapshots, sandboxes })
+        let (branches_in_flight, branch_cap) = (self.brancher.slots.taken(), self.brancher.slots.cap());
+        Ok(NodeGauges { snapshots, sandboxes, branches_in_flight, branch_cap })
+    }
+
+    /// The warm zygotes, with what they cost.
+    pub async fn zygotes(&self) -> NodeResult<Vec<ZygoteGauge>> {
+        let warm = self.zygotes.warm();
+        blocking("reading the sizes of zygotes", move || warm.into_iter().filter_map(|one| one.measure()).collect())
+            .await
+    }
+
+    /// Tries whether the state database can be written.
+    pub async fn try_database(&self) -> NodeResult<()> {
+        Ok(self.host.database.try_to_write().await?)
+    }
+
+    /// Tries whether the store can be written.
+    pub async fn try_store(&self) -> NodeResult<()> {
+        let store = self.host.store.clone();
+        blocking("writing to the store", move || gauges::try_to_write(&store)).await?
     }
 }
 
@@ -449,7 +571,7 @@ fn open_host(config: NodeConfig) -> NodeResult<Host> {
     let database = Database::open(&path.join("forkd.db"))?;
     let cpu = cpu::host().map_err(NodeError::io("read /proc/cpuinfo"))?;
     let cgroups = Cgroups::below(config.cgroup_root.clone());
-    Ok(Host { config, store, database, files, cgroups, cpu })
+    Ok(Host { config, store, database, files, cgroups, cpu, events: Events::new() })
 }
 
 /// Each sandbox costs two descriptors, and a spawn of a thousand some thousands more for a moment.
@@ -502,7 +624,7 @@ fn verify(store: &Store, tag: &Tag, progress: &mpsc::Sender<VerifyProgress>) {
     );
     match report {
         Ok(report) => {
-            for bad in report.bad().filter_map(VerifyProgress::of_bad) {
+            for bad in report.bad().filter_map(snapshots::bad) {
                 let _ = progress.blocking_send(bad);
             }
             let total_bytes = report.checked.iter().map(|checked| checked.bytes).sum();

@@ -4,10 +4,11 @@ use std::io::Read;
 
 use forkd_store::pack::{Fate, Pack, PackError, PackOptions, UnpackOptions, Unpacked};
 use forkd_types::Tag;
-use forkd_types::rest::{UnpackFate, UnpackReport, UnpackedSnapshot};
+use forkd_types::rest::{EventKind, UnpackFate, UnpackReport, UnpackedSnapshot};
 
 use crate::branch::Brancher;
 use crate::error::{NodeError, NodeResult};
+use crate::events::News;
 use crate::host::blocking;
 
 impl From<PackError> for NodeError {
@@ -43,7 +44,8 @@ impl Brancher {
         for snapshot in unpacked.snapshots.iter().filter(|snapshot| snapshot.fate != Fate::Reused) {
             // Children of the tag come from the new snapshot from now on, and no failure of an earlier one is told.
             self.zygotes.discard(&snapshot.tag);
-            self.failed.forget(&snapshot.tag);
+            self.claims.forget_failure(&snapshot.tag);
+            self.host.events.tell(News::of(EventKind::SnapshotReady).snapshot(&snapshot.tag));
         }
         Ok(report(unpacked))
     }

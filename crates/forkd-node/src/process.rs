@@ -71,6 +71,19 @@ impl Process {
         }
     }
 
+    /// Makes the process stand still, all of its threads.
+    pub(crate) fn hold(&self) -> io::Result<()> {
+        Ok(rustix::process::pidfd_send_signal(self.pidfd.get_ref(), Signal::STOP)?)
+    }
+
+    /// Lets the process go on, whether it stood still or not.
+    pub(crate) fn let_go(&self) {
+        match rustix::process::pidfd_send_signal(self.pidfd.get_ref(), Signal::CONT) {
+            Ok(()) | Err(rustix::io::Errno::SRCH) => {}
+            Err(error) => tracing::error!(pid = self.key.pid, %error, "cannot let a monitor go on"),
+        }
+    }
+
     /// Returns when the process has ended.
     pub(crate) async fn exited(&self) {
         // A pidfd stays readable once its process has ended, so readiness is never cleared.

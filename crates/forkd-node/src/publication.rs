@@ -10,14 +10,15 @@ use std::time::Instant;
 
 use forkd_proto::monitor::SnapshotFacts;
 use forkd_store::{SnapshotMeta, StagedSnapshot, Store, StoreError};
-use forkd_types::rest::SnapshotInfo;
+use forkd_types::rest::{EventKind, SnapshotInfo};
 use forkd_types::{StageTimings, Tag};
 
 use crate::branch::Brancher;
 use crate::error::{NodeError, NodeResult, with_causes};
+use crate::events::News;
 use crate::host::blocking;
 use crate::snapshot_writer::SnapshotWriter;
-use crate::snapshots;
+use crate::snapshots::{self, CHECKPOINT_PREFIX};
 
 /// What a writer said of its work.
 pub(crate) struct Written {
@@ -74,6 +75,14 @@ impl Brancher {
         stages.record("publish", since.elapsed());
         // Children of the tag come from the new snapshot from now on.
         self.zygotes.discard(tag);
+        if !tag.as_str().starts_with(CHECKPOINT_PREFIX) {
+            let news = News::of(EventKind::SnapshotReady).snapshot(tag);
+            let source = info.branched_from.as_ref().and_then(|source| source.parse().ok());
+            self.host.events.tell(match &source {
+                Some(source) => news.sandbox(source),
+                None => news,
+            });
+        }
         Ok(SnapshotInfo { stages: Some(stages), ..info })
     }
 }

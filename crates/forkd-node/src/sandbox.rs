@@ -1,31 +1,25 @@
-//! The lifecycle of one child.
+//! One child, from its birth to its end, and the roster of all of them.
 //!
-//! ```text
-//!            fork sent                 agent answered               monitor ends by itself
-//! (nothing) ──────────► Starting ───────────────────► Running ───────────────────────────► Stopped
-//!                           │ failure, deadline,         │ ▲ └──── rewound ────┘ ▲  rewound   │ removed, or
-//!                           │ caller gone        removed │ └─────────────────────┴────────────┤ kept long enough
-//!                           ▼                            ▼                                    ▼
-//!                       (nothing)  ◄── process ended, files unlinked, record forgotten ── (nothing)
-//! ```
-//!
-//! *Starting* is a [`Newborn`], which undoes itself when dropped; the others are a [`Sandbox`] in the
-//! [`Roster`]. A stopped sandbox keeps its reason and its console until it is removed. Every step
-//! into or out of *Running* is recorded in the database.
+//! Which states there are and what leads from which to which is in [`lifecycle`](crate::lifecycle). A child that is
+//! starting is a [`Newborn`]; after that it is a [`Sandbox`] in the [`Roster`]. A stopped sandbox keeps its reason and
+//! its console until it is removed. Every step into or out of *running* is recorded in the database.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
 use forkd_types::SandboxId;
-use forkd_types::rest::{GUEST_ADDR, SandboxInfo};
+use forkd_types::rest::{EventKind, GUEST_ADDR, SandboxInfo};
 
+use crate::activity::{Activity, InUse};
 use crate::checkpoints::rewinding_name;
 use crate::control::Control;
-use crate::database::{Base, Branches, Origin};
+use crate::database::{Base, Branches, Expiry, Origin};
 use crate::error::{NodeError, NodeResult};
+use crate::events::News;
 use crate::guest::Guest;
 use crate::host::{Host, unix_now};
+use crate::lifecycle::{self, Refusal, Step};
 use crate::process::Process;
 
 /// How long a monitor that closed its control connection may take to end.
@@ -39,11 +33,7 @@ pub(crate) struct Running {
     pub(crate) process: Process,
 }
 
-#[derive(Clone)]
-enum Condition {
-    Running(Arc<Running>),
-    Stopped { reason: String, at_unix: u64 },
-}
+type Condition = lifecycle::Condition<Arc<Running>>;
 
 /// One sandbox that clients know of.
 pub(crate) struct Sandbox {
@@ -54,6 +44,8 @@ pub(crate) struct Sandbox {
     base: Mutex<Option<Base>>,
     guest: Guest,
     condition: Mutex<Condition>,
+    expiry: Mutex<Option<Expiry>>,
+    pub(crate) activity: Activity,
     /// Held by what replaces or copies the machine, so that only one such thing is done at a time.
     pub(crate) turn: tokio::sync::Mutex<()>,
 }
@@ -66,32 +58,64 @@ impl Sandbox {
 
     fn new(host: &Host, about: About, condition: Condition) -> Arc<Self> {
         let guest = Guest::behind(host.files.vsock(about.id.as_str()));
-        let About { id, origin, branches } = about;
+        let About { id, origin, branches, expiry } = about;
         let (branches, base, condition) = (branches.into(), origin.base().into(), condition.into());
-        Arc::new(Self { id, origin, branches, base, guest, condition, turn: tokio::sync::Mutex::default() })
+        let (expiry, activity, turn) = (expiry.into(), Activity::now(), tokio::sync::Mutex::default());
+        Arc::new(Self { id, origin, branches, base, guest, condition, expiry, activity, turn })
     }
 
-    /// Its live part.
+    /// Its live part, while its guest runs.
     ///
     /// # Errors
-    /// [`NodeError::SandboxStopped`] with the reason.
+    /// [`NodeError::SandboxStopped`] with the reason; [`NodeError::SandboxSuspending`].
     pub(crate) fn running(&self) -> NodeResult<Arc<Running>> {
-        match self.condition() {
-            Condition::Running(running) => Ok(running),
-            Condition::Stopped { reason, .. } => Err(NodeError::SandboxStopped { id: self.id.clone(), reason }),
-        }
+        self.condition().running().cloned().map_err(|refusal| self.refused(refusal))
     }
 
-    /// Its agent, while it runs.
+    /// Its live part, also while it stands still.
+    pub(crate) fn machine(&self) -> Option<Arc<Running>> {
+        self.condition().machine().cloned()
+    }
+
+    /// Its agent, while it runs, to use it: that counts as activity.
     pub(crate) fn guest(&self) -> NodeResult<&Guest> {
+        let guest = self.idle_guest()?;
+        self.activity.touch();
+        Ok(guest)
+    }
+
+    /// Its agent, while it runs, for what is no use of the sandbox.
+    pub(crate) fn idle_guest(&self) -> NodeResult<&Guest> {
         self.running()?;
         Ok(&self.guest)
+    }
+
+    /// Notes that it is in use until what is returned is dropped.
+    pub(crate) fn in_use(&self) -> InUse {
+        self.activity.begin()
+    }
+
+    /// When it ends by itself.
+    pub(crate) fn expiry(&self) -> Option<Expiry> {
+        *self.expiry.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Changes when it ends by itself; whoever records that does it before.
+    pub(crate) fn set_expiry(&self, expiry: Option<Expiry>) {
+        *self.expiry.lock().unwrap_or_else(PoisonError::into_inner) = expiry;
+    }
+
+    /// When it ends by itself, if that is not after `now`; it is not told a second time.
+    pub(crate) fn take_due(&self, now: u64) -> Option<Expiry> {
+        self.expiry.lock().unwrap_or_else(PoisonError::into_inner).take_if(|expiry| expiry.at_unix <= now)
     }
 
     /// What clients see of it.
     pub(crate) fn info(&self) -> SandboxInfo {
         let (pid, stopped) = match self.condition() {
-            Condition::Running(running) => (Some(running.process.key().pid.unsigned_abs()), None),
+            Condition::Running(running) | Condition::Suspending(running) => {
+                (Some(running.process.key().pid.unsigned_abs()), None)
+            }
             Condition::Stopped { reason, .. } => (None, Some(reason)),
         };
         let Branches { count, last } = self.branches().clone();
@@ -108,6 +132,7 @@ impl Sandbox {
             branch_count: count,
             stopped,
             forked_from: self.origin.forked_from.clone(),
+            expires_at_unix: self.expiry().map(|expiry| expiry.at_unix),
         }
     }
 
@@ -132,13 +157,31 @@ impl Sandbox {
         self.condition.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    fn set(&self, condition: Condition) {
-        *self.condition.lock().unwrap_or_else(PoisonError::into_inner) = condition;
+    /// Takes a step of its life.
+    ///
+    /// # Errors
+    /// [`NodeError::SandboxStopped`] or [`NodeError::SandboxSuspending`] for one that does not belong; nothing
+    /// happened then.
+    pub(crate) fn step(&self, step: Step<Arc<Running>>) -> NodeResult<()> {
+        let mut condition = self.condition.lock().unwrap_or_else(PoisonError::into_inner);
+        *condition = condition.after(step).map_err(|refusal| self.refused(refusal))?;
+        Ok(())
+    }
+
+    fn refused(&self, refusal: Refusal) -> NodeError {
+        let id = self.id.clone();
+        match refusal {
+            Refusal::Stopped(reason) => NodeError::SandboxStopped { id, reason },
+            Refusal::Suspending => NodeError::SandboxSuspending { id },
+            Refusal::NotSuspending => {
+                NodeError::SandboxStopped { id, reason: "is not being suspended, and runs".to_owned() }
+            }
+        }
     }
 
     fn stopped_since(&self) -> Option<u64> {
         match self.condition() {
-            Condition::Running(_) => None,
+            Condition::Running(_) | Condition::Suspending(_) => None,
             Condition::Stopped { at_unix, .. } => Some(at_unix),
         }
     }
@@ -150,6 +193,7 @@ pub(crate) struct About {
     pub(crate) id: SandboxId,
     pub(crate) origin: Origin,
     pub(crate) branches: Branches,
+    pub(crate) expiry: Option<Expiry>,
 }
 
 /// A child that nobody has been told of yet; dropping it removes every trace.
@@ -243,7 +287,10 @@ impl Roster {
     /// Takes in a child whose agent has answered and watches over it.
     pub(crate) fn admit(self: &Arc<Self>, about: About, newborn: Newborn) -> Option<Arc<Sandbox>> {
         let running = newborn.grow_up()?;
-        Some(self.watch_over(about, running))
+        let sandbox = self.watch_over(about, running);
+        let news = News::of(EventKind::SandboxCreated).sandbox(&sandbox.id);
+        self.host.events.tell(news.snapshot(&sandbox.origin.snapshot_tag));
+        Some(sandbox)
     }
 
     /// Takes in a sandbox found running.
@@ -263,7 +310,8 @@ impl Roster {
     /// before is ended.
     ///
     /// # Errors
-    /// [`NodeError::SandboxNotFound`] when it was removed meanwhile; the new machine is ended then.
+    /// [`NodeError::SandboxNotFound`] when it was removed meanwhile, and what keeps it from having another machine;
+    /// the new one is ended then.
     pub(crate) async fn replace(
         self: &Arc<Self>,
         sandbox: &Arc<Sandbox>,
@@ -278,10 +326,14 @@ impl Roster {
                 running.process.kill();
                 return Err(NodeError::SandboxNotFound { id: sandbox.id.clone() });
             }
-            if let Condition::Running(before) = sandbox.condition() {
+            let before = sandbox.machine();
+            if let Err(refusal) = sandbox.step(Step::Replace(Arc::clone(&running))) {
+                running.process.kill();
+                return Err(refusal);
+            }
+            if let Some(before) = before {
                 before.process.kill();
             }
-            sandbox.set(Condition::Running(Arc::clone(&running)));
             sandbox.base.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&base);
         }
         self.host.database.note_base(sandbox.id.clone(), base);
@@ -299,13 +351,34 @@ impl Roster {
     pub(crate) fn remove(&self, id: &SandboxId) -> NodeResult<()> {
         let removed = self.sandboxes.write().unwrap_or_else(PoisonError::into_inner).remove(id);
         let sandbox = removed.ok_or_else(|| NodeError::SandboxNotFound { id: id.clone() })?;
-        match sandbox.running() {
-            Ok(running) => {
+        match sandbox.machine() {
+            Some(running) => {
                 running.process.kill();
                 // At once, so that a restart meanwhile does not list it as one that ended by itself.
                 self.host.database.forget(vec![id.clone()]);
             }
-            Err(_) => clear(&self.host, id),
+            None => clear(&self.host, id),
+        }
+        Ok(())
+    }
+
+    /// [`Roster::remove`] for a reason that listeners are told.
+    pub(crate) fn end(&self, id: &SandboxId, reason: Option<&str>) -> NodeResult<()> {
+        self.remove(id)?;
+        let news = News::of(EventKind::SandboxEnded).sandbox(id);
+        self.host.events.tell(match reason {
+            Some(reason) => news.because(reason),
+            None => news,
+        });
+        Ok(())
+    }
+
+    /// Marks a sandbox whose machine is on disk as stopped, and ends the machine; `watch` clears up behind it.
+    pub(crate) fn retire(&self, sandbox: &Sandbox, reason: String) -> NodeResult<()> {
+        let machine = sandbox.machine();
+        sandbox.step(Step::Stop { reason, at_unix: unix_now() })?;
+        if let Some(machine) = machine {
+            machine.process.kill();
         }
         Ok(())
     }
@@ -316,7 +389,7 @@ impl Roster {
         let now = unix_now();
         for sandbox in self.all() {
             if sandbox.stopped_since().is_some_and(|since| since + limit < now) {
-                let _ = self.remove(&sandbox.id);
+                let _ = self.end(&sandbox.id, Some("it had stopped long ago"));
             }
         }
     }
@@ -348,6 +421,8 @@ impl Roster {
             Fate::Removed => clear(&self.host, &sandbox.id),
             Fate::Replaced => {}
         }
+        // One that was put on disk was left to the next start to end, had this one not lived to.
+        self.host.database.forget_helper(running.process.key());
     }
 
     /// Marks a sandbox as stopped unless it was removed, or goes on in another machine; a removal sees it
@@ -357,13 +432,19 @@ impl Roster {
         if !sandboxes.get(&sandbox.id).is_some_and(|known| Arc::ptr_eq(known, sandbox)) {
             return Fate::Removed;
         }
-        if !matches!(sandbox.condition(), Condition::Running(current) if Arc::ptr_eq(&current, ended)) {
-            return Fate::Replaced;
+        match sandbox.machine() {
+            Some(current) if !Arc::ptr_eq(&current, ended) => return Fate::Replaced,
+            Some(_) => {}
+            // It was put on disk, which is on record.
+            None => return Fate::Stopped,
         }
         let at_unix = unix_now();
         tracing::warn!(sandbox = %sandbox.id, reason, "sandbox stopped");
-        sandbox.set(Condition::Stopped { reason: reason.clone(), at_unix });
-        self.host.database.stopped(sandbox.id.clone(), reason, at_unix);
+        if sandbox.step(Step::Stop { reason: reason.clone(), at_unix }).is_ok() {
+            let news = News::of(EventKind::SandboxStopped).sandbox(&sandbox.id);
+            self.host.events.tell(news.because(reason.clone()));
+            self.host.database.stopped(sandbox.id.clone(), reason, at_unix);
+        }
         Fate::Stopped
     }
 }

@@ -6,8 +6,7 @@ use std::time::UNIX_EPOCH;
 
 use forkd_store::{Checked, Listed, Outcome, Snapshot, Store, StoreError, VMSTATE};
 use forkd_types::Tag;
-use forkd_types::rest::{SnapshotInfo, SnapshotStatus};
-use serde::{Deserialize, Serialize};
+use forkd_types::rest::{SnapshotDetail, SnapshotInfo, SnapshotStatus, VerifyProgress};
 
 use crate::error::{NodeResult, with_causes};
 
@@ -22,91 +21,14 @@ pub enum Removal {
     Forced,
 }
 
-/// `GET /v1/snapshots/:tag/info`. Absent optional fields are left out.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub struct SnapshotDetail {
-    /// Name.
-    pub tag: Tag,
-    /// Directory, on the daemon's host.
-    pub dir: String,
-    /// Creation time.
-    pub created_at_unix: u64,
-    /// Size of the guest's memory.
-    pub memory_logical_bytes: u64,
-    /// What its own memory layers occupy on disk.
-    pub memory_physical_bytes: u64,
-    /// Size of the CPU and device state.
-    pub vmstate_bytes: u64,
-    /// The snapshot it derives from.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub parent_tag: Option<Tag>,
-    /// Digest of that snapshot's description, and so of its content.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub parent_content_hash: Option<String>,
-    /// How many snapshots it derives from; 0 for a base.
-    pub chain_depth: usize,
-    /// Snapshots that derive directly from it.
-    pub dependents: Vec<Tag>,
-    /// Snapshots that it derives from, the base first.
-    pub ancestors: Vec<Tag>,
-    /// vCPUs.
-    pub vcpus: u8,
-    /// Release of the guest's kernel.
-    pub kernel_release: String,
-    /// Version of the agent in the guest.
-    pub agent_version: String,
-    /// Languages whose runtime is warm.
-    pub warm: Vec<String>,
-}
-
-/// One line of `POST /v1/snapshots/:tag/verify`.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-#[serde(tag = "event", rename_all = "snake_case")]
-pub enum VerifyProgress {
-    /// A file is being looked at.
-    Checking {
-        /// What it is.
-        what: String,
-        /// Bytes done.
-        done_bytes: u64,
-        /// Bytes in all.
-        total_bytes: u64,
-    },
-    /// A file is not what was written.
-    Bad {
-        /// What it is.
-        what: String,
-        /// Where it is.
-        path: String,
-        /// What is wrong with it.
-        reason: String,
-    },
-    /// Everything was looked at.
-    Done {
-        /// Whether every file is what was written.
-        good: bool,
-        /// How many files there are.
-        files: usize,
-        /// Their size together.
-        total_bytes: u64,
-    },
-    /// It is not even known which files there should be.
-    Failed {
-        /// Why.
-        error: String,
-    },
-}
-
-impl VerifyProgress {
-    /// The line for a file that was checked, if it is bad.
-    pub(crate) fn of_bad(checked: &Checked) -> Option<Self> {
-        let reason = match &checked.outcome {
-            Outcome::Good => return None,
-            Outcome::Differs { expected, actual } => format!("its digest is {actual}, {expected} was written"),
-            Outcome::Unreadable { reason } => reason.clone(),
-        };
-        Some(Self::Bad { what: checked.what.clone(), path: checked.path.display().to_string(), reason })
-    }
+/// The line for a file that was checked, if it is bad.
+pub(crate) fn bad(checked: &Checked) -> Option<VerifyProgress> {
+    let reason = match &checked.outcome {
+        Outcome::Good => return None,
+        Outcome::Differs { expected, actual } => format!("its digest is {actual}, {expected} was written"),
+        Outcome::Unreadable { reason } => reason.clone(),
+    };
+    Some(VerifyProgress::Bad { what: checked.what.clone(), path: checked.path.display().to_string(), reason })
 }
 
 /// One entry of the list.

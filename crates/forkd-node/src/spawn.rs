@@ -7,16 +7,17 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use forkd_types::rest::{ForkRequest, SPAWN_LIMIT, SpawnFailure, SpawnReport, SpawnRequest, SpawnTimings};
+use forkd_types::rest::{ForkRequest, OnTimeout, SPAWN_LIMIT, SpawnFailure, SpawnReport, SpawnRequest, SpawnTimings};
 use forkd_types::{ByteSize, StageTimings};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
 use crate::birth::{Parent, bring_up};
-use crate::database::{Branches, Origin};
+use crate::database::{Branches, Expiry, Origin};
 use crate::error::{NodeError, NodeResult};
 use crate::frozen::{Frozen, Lifetime};
 use crate::host::{Host, unix_now};
+use crate::lifetime;
 use crate::sandbox::{About, Newborn, Roster, Sandbox};
 use crate::zygotes::{ZygoteKey, Zygotes};
 
@@ -25,11 +26,17 @@ use crate::zygotes::{ZygoteKey, Zygotes};
 struct Order {
     n: u32,
     memory_limit_mib: Option<u64>,
+    expiry: Option<Expiry>,
     arrived: Instant,
 }
 
 impl Order {
-    fn check(n: u32, memory_limit_mib: Option<u64>, arrived: Instant) -> NodeResult<Self> {
+    fn check(
+        n: u32,
+        memory_limit_mib: Option<u64>,
+        timeout: (Option<u64>, Option<OnTimeout>),
+        arrived: Instant,
+    ) -> NodeResult<Self> {
         if !(1..=SPAWN_LIMIT).contains(&n) {
             return Err(NodeError::SpawnCount { n });
         }
@@ -37,7 +44,8 @@ impl Order {
             let (field, value) = ("memory_limit_mib", "0".to_owned());
             return Err(NodeError::BadField { field, value, rule: "leave it out for no limit" });
         }
-        Ok(Self { n, memory_limit_mib, arrived })
+        let expiry = lifetime::expiry(timeout.0, timeout.1)?;
+        Ok(Self { n, memory_limit_mib, expiry, arrived })
     }
 
     fn memory_limit(&self) -> Option<ByteSize> {
@@ -63,7 +71,8 @@ pub(crate) async fn spawn(
     request: &SpawnRequest,
     arrived: Instant,
 ) -> NodeResult<SpawnReport> {
-    let order = Order::check(request.n, request.memory_limit_mib, arrived)?;
+    let timeout = (request.timeout_secs, request.on_timeout);
+    let order = Order::check(request.n, request.memory_limit_mib, timeout, arrived)?;
     let key = ZygoteKey { tag: request.snapshot_tag.parse()?, huge_pages: request.hugepages };
     let zygote = zygotes.lease(&key).await?;
     let origin = Origin {
@@ -98,7 +107,8 @@ pub(crate) async fn fork(
     arrived: Instant,
 ) -> NodeResult<SpawnReport> {
     let memory_limit_mib = request.memory_limit_mib.or(sandbox.origin.memory_limit_mib);
-    let order = Order::check(request.n, memory_limit_mib, arrived)?;
+    let timeout = (request.timeout_secs, request.on_timeout);
+    let order = Order::check(request.n, memory_limit_mib, timeout, arrived)?;
     let frozen = Frozen::of(host, sandbox, Lifetime::Daemon).await?;
     let origin = Origin {
         forked_from: Some(sandbox.id.clone()),
@@ -125,7 +135,7 @@ async fn raise(
     stages: StageTimings,
 ) -> NodeResult<SpawnReport> {
     let arrived = order.arrived;
-    let ids = host.database.begin(origin.clone(), order.n).await?;
+    let ids = host.database.begin(origin.clone(), order.expiry, order.n).await?;
     let ready = arrived.elapsed();
     let turns = Arc::new(Semaphore::new(host.config.spawn_concurrency));
     let mut coming = JoinSet::new();
@@ -190,7 +200,8 @@ async fn admit(
     let (mut sandboxes, mut timings) = (Vec::with_capacity(up.len()), Vec::with_capacity(up.len()));
     for child in up {
         let id = child.newborn.id().clone();
-        let about = About { id, origin: origin.clone(), branches: Branches::default() };
+        let (origin, branches, expiry) = (origin.clone(), Branches::default(), order.expiry);
+        let about = About { id, origin, branches, expiry };
         if let Some(sandbox) = roster.admit(about, child.newborn) {
             sandboxes.push(sandbox.info());
             observe(&child.timings);
@@ -219,7 +230,7 @@ mod tests {
 
     #[test]
     fn counts_and_limits_are_checked_at_their_edges() {
-        let check = |n, limit| Order::check(n, limit, Instant::now()).map(|order| order.n);
+        let check = |n, limit| Order::check(n, limit, (None, None), Instant::now()).map(|order| order.n);
         assert_eq!(check(1, None).expect("one"), 1);
         assert_eq!(check(1000, Some(64)).expect("a thousand"), 1000);
         assert!(matches!(check(0, None), Err(NodeError::SpawnCount { n: 0 })));

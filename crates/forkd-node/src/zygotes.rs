@@ -22,6 +22,7 @@ use rustix::fs::{Mode, OFlags};
 
 use crate::control::{Control, expect_event};
 use crate::error::{NodeError, NodeResult};
+use crate::gauges::WarmZygote;
 use crate::host::{Host, Traces, blocking};
 use crate::launch::{self, Launched, Owned};
 use crate::working_set::WorkingSet;
@@ -127,6 +128,16 @@ impl Zygotes {
             }
             keep
         });
+    }
+
+    /// Those that are warm and not just being launched or replaced.
+    pub(crate) fn warm(&self) -> Vec<WarmZygote> {
+        let warm = |(key, slot): (&ZygoteKey, &Arc<Slot>)| {
+            let held = slot.zygote.try_lock().ok()?;
+            let zygote = held.as_ref().filter(|zygote| zygote.control.ending().is_none())?;
+            Some(WarmZygote { tag: key.tag.clone(), huge_pages: key.huge_pages, pid: zygote.key.pid })
+        };
+        self.slots().iter().filter_map(warm).collect()
     }
 
     fn slots(&self) -> MutexGuard<'_, HashMap<ZygoteKey, Arc<Slot>>> {

@@ -7,7 +7,11 @@
 //! |---|---|---|
 //! | `Exec` | `Stdin` frames (an empty one ends the input), [`ExecControl`] as `Request` frames | `Stdout`/`Stderr` frames, then `Response` [`Response::Exited`] |
 //! | `WriteFile` | `Data` frames, an empty one ends the file | `Response` |
-//! | `ReadFile` | | `Response` [`Response::File`], `Data` frames, an empty one ends the file |
+//! | `ReadFile`, `ReadRange` | | `Response` [`Response::File`], `Data` frames, an empty one ends the file |
+//! | `Archive` | | `Response` [`Response::Done`], `Data` frames of a tar stream, an empty one ends it; or amid them an error |
+//! | `Extract` | `Data` frames of a tar stream, an empty one ends it | `Response` |
+//! | `List` with `pages` | | `Response` [`Response::Listing`] again and again, one without entries ends it |
+//! | `Watch` | | `Response` [`Response::Done`], then [`Response::Changed`] until the client closes |
 //! | `Tunnel` | after the answer: `Data` frames, an empty one is a half-close | `Response`, then `Data` frames |
 //! | all others | | one `Response` |
 //!
@@ -45,6 +49,16 @@ pub enum Request {
         /// Absolute path in the guest.
         path: String,
     },
+    /// Send part of a file to the client.
+    ReadRange {
+        /// Absolute path in the guest.
+        path: String,
+        /// The first byte; when negative, counted from the end, and no further back than the start.
+        offset: i64,
+        /// How many bytes at most; to the end when absent.
+        #[serde(default)]
+        length: Option<u64>,
+    },
     /// Create or replace a file with what follows.
     WriteFile {
         /// Absolute path in the guest.
@@ -59,6 +73,10 @@ pub enum Request {
     List {
         /// Absolute path in the guest.
         path: String,
+        /// Answer in as many listings as it takes. Without it one must hold all; agents that do not know it
+        /// answer one and close.
+        #[serde(default)]
+        pages: bool,
     },
     /// Describe one file, not following a final symbolic link.
     Stat {
@@ -85,7 +103,29 @@ pub enum Request {
         /// Absolute path in the guest.
         to: String,
     },
-    /// Connect to a TCP port on the guest's loopback and carry bytes.
+    /// Send a file or a tree as a tar stream whose entries start with its own name.
+    Archive {
+        /// Absolute path in the guest.
+        path: String,
+    },
+    /// Unpack the tar stream that follows, keeping modes and times, and owners too if asked to.
+    Extract {
+        /// Absolute path in the guest of a directory that is there.
+        path: String,
+        /// Give files the owners that the stream names; otherwise they belong to the agent's user.
+        #[serde(default)]
+        owners: bool,
+    },
+    /// Tell of changes to a file, or of what is in a directory.
+    Watch {
+        /// Absolute path in the guest.
+        path: String,
+        /// Also of what is in the directories below it, those included that come later.
+        #[serde(default)]
+        recursive: bool,
+    },
+    /// Connect to a TCP port on the guest's loopback, or on its own address where nobody listens on the
+    /// loopback, and carry bytes.
     Tunnel {
         /// TCP port.
         port: u16,
@@ -206,6 +246,8 @@ pub enum Response {
         /// Entries in name order, without `.` and `..`.
         entries: Vec<FileInfo>,
     },
+    /// To `Watch`: something changed.
+    Changed(FileChange),
     /// The request could not be carried out.
     Error(Failure),
 }
@@ -294,6 +336,44 @@ pub struct FileInfo {
     pub target: Option<String>,
 }
 
+/// One change to a watched file or directory.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct FileChange {
+    /// What happened.
+    pub change: ChangeKind,
+    /// The file, absolute.
+    pub path: String,
+    /// Where it was before, when it was moved within what is watched.
+    #[serde(default)]
+    pub from: Option<String>,
+    /// Whether it is a directory.
+    #[serde(default)]
+    pub directory: bool,
+}
+
+/// What happened to a file.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ChangeKind {
+    /// It came to be, or was moved in from elsewhere.
+    Created,
+    /// Its content changed; several changes in quick succession may be told as one.
+    Modified,
+    /// Whoever wrote it closed it.
+    Written,
+    /// Its mode, owner or times changed.
+    Attributes,
+    /// It was removed, or moved elsewhere.
+    Removed,
+    /// It has another name.
+    Moved,
+    /// More happened than could be told; look at everything anew.
+    Missed,
+    /// Something that this version does not know.
+    #[serde(other)]
+    Other,
+}
+
 /// Why a request could not be carried out.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, thiserror::Error)]
 #[error("{message}")]
@@ -314,6 +394,10 @@ pub enum FailureCode {
     Denied,
     /// The request itself is wrong.
     Invalid,
+    /// What is there stands in the way: a directory that is not empty, a file where a directory should be.
+    Conflict,
+    /// The file system is full.
+    NoSpace,
     /// It took longer than the request allowed.
     TimedOut,
     /// Anything else.
@@ -324,6 +408,16 @@ pub enum FailureCode {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn failures_and_changes_of_later_versions_are_still_understood() {
+        let failure: Failure = serde_json::from_str(r#"{"code":"sunspots","message":"m"}"#).expect("known shape");
+        assert_eq!(failure.code, FailureCode::Internal);
+        let change: FileChange = serde_json::from_str(r#"{"change":"folded","path":"/a"}"#).expect("known shape");
+        assert_eq!((change.change, change.directory), (ChangeKind::Other, false));
+        let list: Request = serde_json::from_str(r#"{"op":"list","path":"/"}"#).expect("as older clients ask");
+        assert_eq!(list, Request::List { path: "/".into(), pages: false });
+    }
 
     #[test]
     fn messages_look_on_the_wire_as_older_agents_know_them() {

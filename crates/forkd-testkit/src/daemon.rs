@@ -271,7 +271,7 @@ impl Host {
     }
 
     /// The store of the shared daemon, on its host.
-    fn store(&self) -> Result<String> {
+    pub fn store(&self) -> Result<String> {
         let directory = PathBuf::from(self.directory_of(self.numpy()?)?);
         let store = directory.ancestors().nth(2).context("a snapshot lies in a store's `snapshots`")?;
         Ok(store.display().to_string())

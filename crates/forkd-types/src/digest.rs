@@ -9,6 +9,7 @@ const PREFIX: &str = "blake3:";
 
 /// A BLAKE3-256 content digest. Its text form is `blake3:` and 64 lower-case hex digits.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema), schema(value_type = String, pattern = "^blake3:[0-9a-f]{64}$"))]
 #[serde(try_from = "String", into = "String")]
 pub struct Digest([u8; 32]);
 

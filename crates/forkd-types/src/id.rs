@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 /// least four hex digits. Parsing accepts whatever a path or URL segment may safely hold, because
 /// the identity is looked up and never taken apart.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema), schema(value_type = String, example = "sb-6b02c814-0000"))]
 #[serde(try_from = "String", into = "String")]
 pub struct SandboxId(String);
 

@@ -13,6 +13,7 @@ const LIMIT: usize = 64;
 /// A tag is one path segment and one URL segment; it never needs escaping and can never leave the
 /// snapshot directory.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema), schema(value_type = String, pattern = "^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$"))]
 #[serde(try_from = "String", into = "String")]
 pub struct Tag(String);
 

@@ -1,15 +1,23 @@
-//! Files of the guest: describing, listing, moving, removing; [`transfer`] carries contents.
+//! Files of the guest: describing, listing, moving, removing; [`transfer`] carries contents, [`archive`] trees,
+//! and [`watch`] tells of changes.
 
+pub mod archive;
 pub mod transfer;
+pub mod watch;
 
 use std::fs::{self, Metadata};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::Path;
 
-use forkd_proto::agent::{Failure, FileInfo, FileType};
+use forkd_proto::agent::{Failure, FileInfo, FileType, Response};
+use forkd_proto::frame::FrameError;
 
+use crate::connection::Connection;
 use crate::failure;
+
+/// About how many bytes of names one listing of many holds, well below what a frame can.
+const PAGE: usize = 128 << 10;
 
 /// Describes `path`, not following a final symbolic link.
 pub fn stat(path: &str) -> Result<FileInfo, Failure> {
@@ -38,6 +46,28 @@ pub fn list(path: &str) -> Result<Vec<FileInfo>, Failure> {
     }
     entries.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(entries)
+}
+
+/// Sends what is in the directory `path` as listings of bounded size, the last of them empty.
+pub fn send_listing(connection: &Connection, path: &str) -> Result<(), FrameError> {
+    let entries = match list(path) {
+        Ok(entries) => entries,
+        Err(failure) => return connection.fail(failure),
+    };
+    let mut page = Vec::new();
+    let mut size = 0;
+    for entry in entries {
+        size += entry.name.len() + entry.target.as_ref().map_or(0, String::len) + 64;
+        page.push(entry);
+        if size >= PAGE {
+            connection.respond(&Response::Listing { entries: std::mem::take(&mut page) })?;
+            size = 0;
+        }
+    }
+    if !page.is_empty() {
+        connection.respond(&Response::Listing { entries: page })?;
+    }
+    connection.respond(&Response::Listing { entries: Vec::new() })
 }
 
 /// Removes a file, an empty directory, or with `recursive` a tree.
@@ -115,7 +145,7 @@ mod tests {
         assert_eq!(seen, [("b", FileType::Directory), ("file", FileType::File), ("link", FileType::Symlink)]);
         assert_eq!(entries[2].target.as_deref(), Some("file"));
         assert_eq!(stat(&at("a/file")).expect("stat").size, 5);
-        assert_eq!(remove(&at("a"), false).expect_err("not empty").code, FailureCode::Invalid);
+        assert_eq!(remove(&at("a"), false).expect_err("not empty").code, FailureCode::Conflict);
         rename(&at("a"), &at("z")).expect("renamed");
         assert_eq!(stat(&at("a")).expect_err("moved").code, FailureCode::NotFound);
         remove(&at("z/link"), false).expect("the link goes, not its target");

@@ -6,7 +6,7 @@
 //! to directly.
 
 use std::fs::{self, File, OpenOptions, Permissions};
-use std::io::{self, Read, Write};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -20,13 +20,34 @@ use crate::failure;
 
 const CHUNK: usize = 256 << 10;
 
-/// Sends the file `path`: its description, its bytes, an empty frame.
-pub fn send(connection: &Connection, path: &str) -> Result<(), FrameError> {
-    let (mut file, info) = match open(path) {
+/// Which bytes of a file are wanted.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Range {
+    /// The first; counted from the end when negative.
+    pub offset: i64,
+    /// How many at most.
+    pub length: Option<u64>,
+}
+
+/// Sends `range` of the file `path`: its description, the bytes, an empty frame.
+pub fn send(connection: &Connection, path: &str, range: Range) -> Result<(), FrameError> {
+    let seek = |(mut file, info): (File, forkd_proto::agent::FileInfo)| {
+        let start = match u64::try_from(range.offset) {
+            Ok(start) => start,
+            Err(_) => info.size.saturating_sub(range.offset.unsigned_abs()),
+        };
+        if start > 0 {
+            file.seek(SeekFrom::Start(start))
+                .map_err(|error| failure::from_io(format_args!("cannot read {path} from byte {start} on"), &error))?;
+        }
+        Ok((file, info))
+    };
+    let (file, info) = match open(path).and_then(seek) {
         Ok(opened) => opened,
         Err(failure) => return connection.fail(failure),
     };
     connection.respond(&Response::File(info))?;
+    let mut file = file.take(range.length.unwrap_or(u64::MAX));
     let mut frame = Frame::bytes(Kind::Data, Vec::new());
     loop {
         frame.payload.resize(CHUNK, 0);

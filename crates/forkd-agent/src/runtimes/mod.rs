@@ -91,6 +91,15 @@ pub struct Reseed<'a> {
     pub sandbox_id: &'a str,
 }
 
+/// What shows that a client does not wait for its answer any more.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Gone {
+    /// It ended its direction of the connection.
+    AtEndOfInput,
+    /// The connection broke; ending its direction is how it says that its request is complete.
+    WhenBroken,
+}
+
 /// The interpreters of this guest.
 #[derive(Debug)]
 pub struct Runtimes {
@@ -130,7 +139,7 @@ impl Runtimes {
             None => None,
         };
         let limit = request.timeout_ms.map(Duration::from_millis);
-        let evaluated = self.run(language, &request.code, Scope::Persistent, limit, client)?;
+        let evaluated = self.run(language, &request.code, Scope::Persistent, limit, (client, Gone::AtEndOfInput))?;
         Ok(fit_in_a_frame(evaluated))
     }
 
@@ -141,7 +150,7 @@ impl Runtimes {
         code: &str,
         scope: Scope,
         limit: Option<Duration>,
-        client: &Connection,
+        (client, gone): (&Connection, Gone),
     ) -> Result<Evaluated, Failure> {
         let (language, program) = self.locate(language)?;
         let supervisor = self.supervisor(language)?;
@@ -153,7 +162,9 @@ impl Runtimes {
         loop {
             let mut fds = vec![PollFd::new(&*job, PollFlags::IN)];
             if watch_client {
-                fds.push(PollFd::new(client, PollFlags::RDHUP));
+                // That both directions are over, or broken, is told unasked.
+                let asked = if gone == Gone::AtEndOfInput { PollFlags::RDHUP } else { PollFlags::empty() };
+                fds.push(PollFd::new(client, asked));
             }
             let _ = rustix::event::poll(&mut fds, None);
             if let Some(outcome) = job.take_outcome() {

@@ -37,9 +37,16 @@ impl Outcome {
 
 impl Agent {
     pub fn start() -> Self {
+        Self::start_by(&["env"])
+    }
+
+    /// Starts it by another program, which gets the agent's command line as its last arguments.
+    pub fn start_by(starter: &[&str]) -> Self {
         let token = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(token.path(), TOKEN).unwrap();
-        let mut process = Command::new(env!("CARGO_BIN_EXE_forkd-agent"))
+        let mut process = Command::new(starter[0])
+            .args(&starter[1..])
+            .arg(env!("CARGO_BIN_EXE_forkd-agent"))
             .args(["--no-init", "--tcp", "127.0.0.1:0", "--legacy", "127.0.0.1:0", "--token-file"])
             .arg(token.path())
             .stderr(Stdio::piped())

@@ -9,6 +9,7 @@ use serde::Deserialize;
 use crate::error::{ApiError, ApiResult};
 use crate::extract::Query;
 use crate::router::{Api, Segment};
+use crate::routes::ports::has_token;
 
 /// The protocol that the connection changes to: frames of one agent request.
 const PROTOCOL: &str = "forkd-agent";
@@ -41,7 +42,9 @@ pub(crate) async fn connect(
     // Before the answer, so that a guest that cannot be reached is an error and not a dead stream.
     let mut guest = api.node.agent(&id, query.exec).await?.into_stream();
     let upgrading = hyper::upgrade::on(&mut request);
+    let in_use = api.node.in_use(&id)?;
     tokio::spawn(async move {
+        let _in_use = in_use;
         let client = match upgrading.await {
             Ok(client) => client,
             Err(error) => {
@@ -63,15 +66,7 @@ pub(crate) async fn connect(
 }
 
 fn wants_upgrade(headers: &HeaderMap) -> bool {
-    let names = |name: header::HeaderName, wanted: &str| {
-        headers
-            .get_all(name)
-            .iter()
-            .filter_map(|value| value.to_str().ok())
-            .flat_map(|value| value.split(','))
-            .any(|token| token.trim().eq_ignore_ascii_case(wanted))
-    };
-    names(header::CONNECTION, "upgrade") && names(header::UPGRADE, PROTOCOL)
+    has_token(headers, header::CONNECTION, "upgrade") && has_token(headers, header::UPGRADE, PROTOCOL)
 }
 
 #[cfg(test)]

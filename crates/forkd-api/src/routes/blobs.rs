@@ -10,19 +10,12 @@ use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use forkd_node::BlobUpload;
 use forkd_types::Digest;
-use serde::Serialize;
+use forkd_types::rest::BlobInfo;
 use tokio::sync::mpsc;
 
 use crate::error::{ApiError, ApiResult};
 use crate::pieces::{self, QUEUED_PIECES};
 use crate::router::{Api, Segment};
-
-/// A blob that is in the store.
-#[derive(Serialize)]
-pub(crate) struct BlobInfo {
-    digest: Digest,
-    bytes: u64,
-}
 
 fn digest_of(segment: &Segment) -> ApiResult<Digest> {
     segment

@@ -4,14 +4,15 @@ use std::time::Instant;
 
 use axum::Json as Answer;
 use axum::extract::State;
-use axum::http::{StatusCode, header};
+use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use forkd_node::NodeError;
 use forkd_types::Tag;
 use forkd_types::rest::{
-    EvalRequest, EvalResponse, ExecRequest, ExecResponse, SandboxInfo, SandboxMemory, SpawnReport, SpawnRequest,
+    EvalRequest, EvalResponse, ExecRequest, ExecResponse, PingAnswer, SandboxInfo, SandboxMemory, SnapshotInfo,
+    SpawnReport, SpawnRequest, TimeoutRequest,
 };
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 
 use crate::error::ApiResult;
 use crate::extract::{Json, Query};
@@ -73,6 +74,21 @@ pub(crate) async fn kill(State(api): State<Api>, segment: Segment) -> ApiResult<
     Ok(StatusCode::NO_CONTENT)
 }
 
+/// `POST /v1/sandboxes/:id/timeout`.
+pub(crate) async fn timeout(
+    State(api): State<Api>,
+    segment: Segment,
+    Json(request): Json<TimeoutRequest>,
+) -> ApiResult<Answer<SandboxInfo>> {
+    Ok(Answer(api.node.change_timeout(&segment.sandbox()?, &request).await?))
+}
+
+/// `POST /v1/sandboxes/:id/suspend`: the snapshot that the sandbox is in from now on. Body and content type are
+/// ignored.
+pub(crate) async fn suspend(State(api): State<Api>, segment: Segment) -> ApiResult<Answer<SnapshotInfo>> {
+    Ok(Answer(api.node.suspend(&segment.sandbox()?).await?))
+}
+
 /// `POST /v1/sandboxes/:id/exec`.
 pub(crate) async fn exec(
     State(api): State<Api>,
@@ -91,26 +107,11 @@ pub(crate) async fn eval(
     Ok(Answer(api.node.eval(&segment.sandbox()?, request).await?))
 }
 
-/// `POST /v1/sandboxes/:id/ping`: the keys that clients of the older agent read, and what this
-/// agent tells besides.
-#[derive(Serialize)]
-pub(crate) struct PingAnswer {
-    pong: bool,
-    numpy_version: String,
-    pid: u32,
-    agent_lang: String,
-    warmup_ready: bool,
-    protocol: u32,
-    agent: String,
-    kernel: String,
-    warm: Vec<String>,
-    sandbox_id: String,
-    uptime_ns: u64,
-}
-
 /// `POST /v1/sandboxes/:id/ping`. Body and content type are ignored.
 pub(crate) async fn ping(State(api): State<Api>, segment: Segment) -> ApiResult<Answer<PingAnswer>> {
+    let asked = Instant::now();
     let pong = api.node.ping(&segment.sandbox()?).await?;
+    let round_trip_us = asked.elapsed().as_micros() as u64;
     Ok(Answer(PingAnswer {
         pong: true,
         numpy_version: pong.numpy_version.unwrap_or_else(|| "not-installed".to_owned()),
@@ -123,16 +124,11 @@ pub(crate) async fn ping(State(api): State<Api>, segment: Segment) -> ApiResult<
         warm: pong.warm,
         sandbox_id: pong.sandbox_id,
         uptime_ns: pong.uptime_ns,
+        round_trip_us,
     }))
 }
 
 /// `GET /v1/sandboxes/:id/memory`.
 pub(crate) async fn memory(State(api): State<Api>, segment: Segment) -> ApiResult<Answer<SandboxMemory>> {
     Ok(Answer(api.node.memory(&segment.sandbox()?).await?))
-}
-
-/// `GET /v1/sandboxes/:id/console`.
-pub(crate) async fn console(State(api): State<Api>, segment: Segment) -> ApiResult<Response> {
-    let bytes = api.node.console(&segment.sandbox()?).await?;
-    Ok(([(header::CONTENT_TYPE, "text/plain; charset=utf-8")], bytes).into_response())
 }

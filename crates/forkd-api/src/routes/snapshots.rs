@@ -4,19 +4,27 @@ use axum::Json as Answer;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
-use forkd_node::{Removal, SnapshotDetail};
-use forkd_types::rest::SnapshotInfo;
+use forkd_node::Removal;
+use forkd_types::rest::{CreateSnapshotRequest, SnapshotDetail, SnapshotInfo};
 use serde::Deserialize;
 use tokio::sync::mpsc;
 
 use crate::error::{ApiError, ApiResult};
-use crate::extract::Query;
+use crate::extract::{Json, Query};
 use crate::json_lines;
 use crate::router::{Api, Segment};
 
 /// `GET /v1/snapshots`.
 pub(crate) async fn list(State(api): State<Api>) -> ApiResult<Answer<Vec<SnapshotInfo>>> {
     Ok(Answer(api.node.snapshots().await?))
+}
+
+/// `POST /v1/snapshots`: from a kernel and a root disk on the daemon's host.
+pub(crate) async fn create(
+    State(api): State<Api>,
+    Json(request): Json<CreateSnapshotRequest>,
+) -> ApiResult<(StatusCode, Answer<SnapshotInfo>)> {
+    Ok((StatusCode::CREATED, Answer(api.node.create_snapshot(request).await?)))
 }
 
 #[derive(Deserialize)]

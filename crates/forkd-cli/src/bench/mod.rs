@@ -1,5 +1,6 @@
 //! `bench`: measurements, each next to the floor or the memory of the host it ran on.
 
+mod api;
 mod branch;
 mod chain;
 mod chart;
@@ -31,6 +32,8 @@ enum What {
     Chain(chain::ChainBenchArgs),
     /// Pack a snapshot and unpack it, next to `zstd -T0` on the same bytes; needs no guest
     Pack(pack::PackBenchArgs),
+    /// Call the daemon: what it costs on top of the monitor and the agent, and how it bears many clients
+    Api(api::ApiBenchArgs),
 }
 
 impl BenchArgs {
@@ -41,6 +44,7 @@ impl BenchArgs {
             What::Branch(args) => args.run(context).await,
             What::Chain(args) => args.run(context).await,
             What::Pack(args) => args.run(context).await,
+            What::Api(args) => args.run(context).await,
         }
     }
 }

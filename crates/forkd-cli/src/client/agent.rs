@@ -1,8 +1,9 @@
 //! A connection to the agent in a sandbox: one request, then whatever it calls for.
 
 use std::io;
+use std::time::Duration;
 
-use forkd_proto::agent::{Eval, Evaluated, Request, Response};
+use forkd_proto::agent::{Eval, Evaluated, FileInfo, Request, Response};
 use forkd_proto::frame::{Frame, FrameError, HEADER_LEN, Header, Kind};
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
@@ -10,6 +11,13 @@ use serde::Serialize;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
 
 use super::ClientError;
+
+/// How much longer than its own time limit a request may take before the agent counts as silent: the daemon gives
+/// up first, and says more.
+pub(crate) const GRACE: Duration = Duration::from_secs(10);
+
+/// How long the agent may take to answer a request that is no work.
+pub(crate) const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 
 /// A fresh connection; it serves one request.
 pub(crate) struct AgentConnection<S = TokioIo<Upgraded>> {
@@ -39,26 +47,50 @@ impl<S: AsyncRead + AsyncWrite> AgentConnection<S> {
     /// Sends a request that has one answer.
     async fn ask(mut self, request: &Request) -> Result<Response, ClientError> {
         self.writer.json(request).await?;
-        match self.reader.next().await?.parse(Kind::Response)? {
-            Response::Error(failure) => Err(failure.into()),
-            response => Ok(response),
-        }
+        self.reader.answer().await
     }
 
     /// Connects to a TCP port on the guest's loopback. Both directions then carry `Data` frames, of which an empty
     /// one is a half-close.
-    pub(crate) async fn tunnel(mut self, port: u16) -> Result<(FrameReader<S>, FrameWriter<S>), ClientError> {
-        self.writer.json(&Request::Tunnel { port }).await?;
-        match self.reader.next().await?.parse(Kind::Response)? {
-            Response::Done => Ok((self.reader, self.writer)),
-            Response::Error(failure) => Err(failure.into()),
-            other => Err(out_of_turn("done", &other)),
+    pub(crate) async fn tunnel(self, port: u16) -> Result<(FrameReader<S>, FrameWriter<S>), ClientError> {
+        self.begin_stream(&Request::Tunnel { port }, "connect to the port").await
+    }
+
+    /// Sends a request that is answered by `Done` before its bytes flow. `what` is what it asks, as a verb phrase.
+    pub(crate) async fn begin_stream(
+        self,
+        request: &Request,
+        what: &'static str,
+    ) -> Result<(FrameReader<S>, FrameWriter<S>), ClientError> {
+        let beginning = async {
+            let (mut reader, writer) = self.begin(request).await?;
+            match reader.answer().await? {
+                Response::Done => Ok((reader, writer)),
+                other => Err(out_of_turn("done", &other)),
+            }
+        };
+        within(ANSWER_LIMIT, what, beginning).await
+    }
+
+    /// Describes a file, not following a final symbolic link.
+    pub(crate) async fn stat(self, path: &str) -> Result<FileInfo, ClientError> {
+        let request = Request::Stat { path: path.to_owned() };
+        match within(ANSWER_LIMIT, "describe a file", self.ask(&request)).await? {
+            Response::Stat(info) => Ok(info),
+            other => Err(out_of_turn("stat", &other)),
         }
     }
 
-    /// Runs source text in a warm runtime.
+    /// Runs source text in a warm runtime. Its time limit bounds the wait too: a guest may be past keeping it.
     pub(crate) async fn eval(self, eval: Eval) -> Result<Evaluated, ClientError> {
-        match self.ask(&Request::Eval(eval)).await? {
+        let limit = eval.timeout_ms.map(|limit| Duration::from_millis(limit).saturating_add(GRACE));
+        let request = Request::Eval(eval);
+        let asking = self.ask(&request);
+        let answer = match limit {
+            Some(limit) => within(limit, "finish the evaluation, nor stop it at its time limit,", asking).await?,
+            None => asking.await?,
+        };
+        match answer {
             Response::Evaluated(evaluated) => Ok(evaluated),
             other => Err(out_of_turn("evaluated", &other)),
         }
@@ -81,6 +113,26 @@ impl<S: AsyncRead + AsyncWrite> FrameReader<S> {
         Ok(Frame { kind: header.kind, payload })
     }
 
+    /// The next frame, which must be an answer; one that says no is an error.
+    pub(crate) async fn answer(&mut self) -> Result<Response, ClientError> {
+        match self.next().await?.parse(Kind::Response)? {
+            Response::Error(failure) => Err(failure.into()),
+            response => Ok(response),
+        }
+    }
+
+    /// The next bytes of a file or a tar stream; none at its end. An error amid them is one.
+    pub(crate) async fn data(&mut self) -> Result<Option<Vec<u8>>, ClientError> {
+        let frame = self.next().await?;
+        match frame.kind {
+            Kind::Data => Ok((!frame.payload.is_empty()).then_some(frame.payload)),
+            _ => match frame.parse(Kind::Response)? {
+                Response::Error(failure) => Err(failure.into()),
+                other => Err(out_of_turn("data", &other)),
+            },
+        }
+    }
+
     async fn fill(&mut self, buffer: &mut [u8]) -> Result<(), ClientError> {
         self.0.read_exact(buffer).await.map_err(FrameError::from)?;
         Ok(())
@@ -101,6 +153,16 @@ impl<S: AsyncRead + AsyncWrite> FrameWriter<S> {
         };
         write.await.map_err(|error: io::Error| FrameError::from(error).into())
     }
+}
+
+/// The outcome of `work`, unless it takes longer than `limit`.
+pub(crate) async fn within<T>(
+    limit: Duration,
+    what: &'static str,
+    work: impl Future<Output = Result<T, ClientError>>,
+) -> Result<T, ClientError> {
+    let late = |_| ClientError::Late { what, seconds: limit.as_secs() };
+    tokio::time::timeout(limit, work).await.map_err(late)?
 }
 
 /// The error for an answer that was not due.
@@ -146,6 +208,16 @@ mod tests {
             };
             assert_eq!(got, expected);
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_agent_that_says_nothing_is_given_up_after_the_time_limit() {
+        let (near, _far) = tokio::io::duplex(1024);
+        let eval = Eval { language: None, code: "1".into(), timeout_ms: Some(120_000) };
+        let began = tokio::time::Instant::now();
+        let error = AgentConnection::new(near).eval(eval).await.expect_err("silence");
+        assert!(matches!(error, ClientError::Late { seconds: 130, .. }), "{error}");
+        assert_eq!(began.elapsed().as_secs(), 130);
     }
 
     #[tokio::test]

@@ -82,6 +82,14 @@ pub(crate) enum ClientError {
         /// What came.
         got: String,
     },
+    /// The sandbox's agent says nothing.
+    #[error("the sandbox's agent did not {what} within {seconds} s")]
+    Late {
+        /// What was waited for, as a verb phrase.
+        what: &'static str,
+        /// How long was waited.
+        seconds: u64,
+    },
     /// A long operation of the daemon ended in an error.
     #[error("{0}")]
     Failed(String),

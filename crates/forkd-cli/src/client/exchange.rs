@@ -85,6 +85,21 @@ pub(super) async fn collect(path: &str, response: Answer) -> Result<Vec<u8>, Cli
     Ok(body.to_bytes().into())
 }
 
+/// Reads a body piece by piece as it comes.
+pub(super) async fn each_piece(
+    path: &str,
+    response: Answer,
+    mut piece: impl FnMut(&[u8]) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    let mut body = response.into_body();
+    while let Some(frame) = body.frame().await {
+        if let Ok(data) = frame.map_err(|source| broken(path, source))?.into_data() {
+            piece(&data)?;
+        }
+    }
+    Ok(())
+}
+
 /// Reads a body of JSON lines as they come.
 pub(super) async fn each_line<T: DeserializeOwned>(
     path: &str,
@@ -157,6 +172,6 @@ async fn refusal(path: &str, response: Answer) -> ClientError {
     }
 }
 
-fn broken(path: &str, source: hyper::Error) -> ClientError {
+pub(super) fn broken(path: &str, source: hyper::Error) -> ClientError {
     ClientError::Broken { path: path.to_owned(), source }
 }

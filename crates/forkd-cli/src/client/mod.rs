@@ -7,26 +7,32 @@ mod address;
 mod agent;
 mod error;
 mod exchange;
+mod lifecycle;
 mod packs;
+mod raw;
 mod upload;
 
 use std::time::Duration;
 
 use forkd_types::rest::{
     BakeEvent, BakeRequest, BranchRequest, CheckpointInfo, CheckpointRequest, CompactRequest, EvalRequest,
-    EvalResponse, ExecRequest, ExecResponse, ForkRequest, RewindRequest, SandboxInfo, SandboxMemory, SnapshotInfo,
-    SpawnReport, SpawnRequest, Version,
+    EvalResponse, ExecRequest, ExecResponse, FileEntry, ForkRequest, MakeDirectoryRequest, MoveFileRequest,
+    RewindRequest, SandboxInfo, SandboxMemory, SnapshotInfo, SpawnReport, SpawnRequest, Version,
 };
 use forkd_types::{SandboxId, Tag};
 use http::{Method, StatusCode};
 
 pub(crate) use address::{Address, AddressError};
-pub(crate) use agent::{AgentConnection, FrameReader, FrameWriter, out_of_turn};
+pub(crate) use agent::{ANSWER_LIMIT, AgentConnection, FrameReader, FrameWriter, GRACE, out_of_turn, within};
 pub(crate) use error::ClientError;
 pub(crate) use packs::{PackQuery, UnpackQuery};
+pub(crate) use raw::RawBody;
 pub(crate) use upload::{Encoding, copy_sparse};
 
 use exchange::{Body, empty, json};
+
+/// How long a connection to an agent may take, a checkpoint before it included.
+const AGENT_LIMIT: Duration = Duration::from_secs(120);
 
 /// How long a daemon may take to show that it is there.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(3);
@@ -47,6 +53,11 @@ impl Client {
     /// Where the daemon is.
     pub(crate) fn address(&self) -> &Address {
         &self.address
+    }
+
+    /// The token that is presented, if any.
+    pub(crate) fn token(&self) -> Option<&str> {
+        self.token.as_deref()
     }
 
     /// Asks for the daemon's version within a few seconds: is it there, and are we let in?
@@ -139,11 +150,62 @@ impl Client {
         exchange::collect(&path, self.call(Method::GET, &path, empty()).await?).await
     }
 
+    /// A sandbox's console so far and from now on, until its machine ends; `piece` sees it as it comes.
+    pub(crate) async fn follow_console(
+        &self,
+        id: &SandboxId,
+        piece: impl FnMut(&[u8]) -> anyhow::Result<()>,
+    ) -> anyhow::Result<()> {
+        let path = format!("/v1/sandboxes/{id}/console?follow=true");
+        exchange::each_piece(&path, self.call(Method::GET, &path, empty()).await?, piece).await
+    }
+
     /// A connection to a sandbox's agent, to run something.
     pub(crate) async fn agent(&self, id: &SandboxId) -> Result<AgentConnection, ClientError> {
-        let path = format!("/v1/sandboxes/{id}/agent?exec=true");
-        let stream = exchange::upgrade(&self.address, self.token.as_deref(), &path, "forkd-agent").await?;
+        self.agent_by(&format!("/v1/sandboxes/{id}/agent?exec=true")).await
+    }
+
+    /// A connection to a sandbox's agent for anything but running something.
+    pub(crate) async fn quiet_agent(&self, id: &SandboxId) -> Result<AgentConnection, ClientError> {
+        self.agent_by(&format!("/v1/sandboxes/{id}/agent")).await
+    }
+
+    async fn agent_by(&self, path: &str) -> Result<AgentConnection, ClientError> {
+        let upgrading = exchange::upgrade(&self.address, self.token.as_deref(), path, "forkd-agent");
+        // The daemon gives up sooner, unless it takes a checkpoint first.
+        let stream = agent::within(AGENT_LIMIT, "accept a connection", upgrading).await?;
         Ok(AgentConnection::new(stream))
+    }
+
+    /// What is in a directory of a sandbox's guest.
+    pub(crate) async fn list_files(&self, id: &SandboxId, path: &str) -> Result<Vec<FileEntry>, ClientError> {
+        self.get(&files_path(id, "/list", &[("path", path)])).await
+    }
+
+    /// One file of a sandbox's guest.
+    pub(crate) async fn stat_file(&self, id: &SandboxId, path: &str) -> Result<FileEntry, ClientError> {
+        self.get(&files_path(id, "/stat", &[("path", path)])).await
+    }
+
+    /// Makes a directory in a sandbox's guest, with its parents.
+    pub(crate) async fn make_directory(&self, id: &SandboxId, path: &str) -> Result<(), ClientError> {
+        let route = files_path(id, "/mkdir", &[]);
+        let request = MakeDirectoryRequest { path: path.to_owned() };
+        self.call(Method::POST, &route, json(&route, &request)?).await.map(drop)
+    }
+
+    /// Renames a file in a sandbox's guest.
+    pub(crate) async fn move_file(&self, id: &SandboxId, from: &str, to: &str) -> Result<(), ClientError> {
+        let route = files_path(id, "/move", &[]);
+        let request = MoveFileRequest { from: from.to_owned(), to: to.to_owned() };
+        self.call(Method::POST, &route, json(&route, &request)?).await.map(drop)
+    }
+
+    /// Removes a file of a sandbox's guest, or a tree.
+    pub(crate) async fn remove_file(&self, id: &SandboxId, path: &str, recursive: bool) -> Result<(), ClientError> {
+        let recursive = if recursive { "true" } else { "false" };
+        let route = files_path(id, "", &[("path", path), ("recursive", recursive)]);
+        self.call(Method::DELETE, &route, empty()).await.map(drop)
     }
 
     /// All snapshots, by tag.
@@ -219,4 +281,13 @@ impl Client {
     async fn call(&self, method: Method, path: &str, body: Body) -> Result<exchange::Answer, ClientError> {
         exchange::send(&self.address, self.token.as_deref(), method, path, body).await
     }
+}
+
+/// A path of the file routes with its query.
+fn files_path(id: &SandboxId, route: &str, query: &[(&str, &str)]) -> String {
+    let mut encoded = url::form_urlencoded::Serializer::new(String::new());
+    encoded.extend_pairs(query);
+    let query = encoded.finish();
+    let mark = if query.is_empty() { "" } else { "?" };
+    format!("/v1/sandboxes/{id}/files{route}{mark}{query}")
 }

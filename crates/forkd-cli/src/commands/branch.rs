@@ -5,6 +5,7 @@ use forkd_types::rest::{BranchMode, BranchRequest, ForkRequest, SPAWN_LIMIT, Sna
 use forkd_types::{SandboxId, Tag};
 
 use super::spawn::tell;
+use super::workspace::LifetimeOptions;
 use super::{Context, sandbox_error};
 use crate::{output, units};
 
@@ -19,6 +20,8 @@ pub(crate) struct BranchArgs {
     /// Memory limit of each copy; that of the sandbox when absent
     #[arg(long, value_name = "MIB")]
     memory_limit_mib: Option<u64>,
+    #[command(flatten)]
+    lifetime: LifetimeOptions,
     /// Print the daemon's answer as JSON, with stage timings
     #[arg(long)]
     json: bool,
@@ -28,7 +31,8 @@ impl BranchArgs {
     pub(crate) async fn run(self, context: &Context) -> anyhow::Result<u8> {
         let client = context.client().await?;
         let step = context.progress.quick_step(format!("Copying {} {} times", self.sandbox, self.n));
-        let request = ForkRequest { n: self.n, memory_limit_mib: self.memory_limit_mib };
+        let LifetimeOptions { timeout_secs, on_timeout } = self.lifetime;
+        let request = ForkRequest { n: self.n, memory_limit_mib: self.memory_limit_mib, timeout_secs, on_timeout };
         let report = client.fork(&self.sandbox, &request).await.map_err(sandbox_error)?;
         step.vanish();
         tell(&report, self.n, self.json, &context.progress)

@@ -8,8 +8,8 @@ use forkd_proto::agent::{Eval, Evaluated};
 use forkd_types::SandboxId;
 use serde_json::{Value, json};
 
-use super::{Context, no_sandbox, sandbox_error};
-use crate::direct_agent::DirectArgs;
+use super::{Context, no_sandbox, sandbox_error, silent};
+use crate::direct_agent::{DirectAgent, DirectArgs};
 use crate::failure::{UsageError, advised};
 use crate::output;
 
@@ -41,15 +41,20 @@ impl EvalArgs {
         match (&self.sandbox, self.direct.agent()) {
             (Some(sandbox), _) => {
                 let connection = context.client().await?.agent(sandbox).await.map_err(sandbox_error)?;
-                let eval = Eval { language: self.language, code, timeout_ms: Some(self.timeout_secs * 1000) };
-                let evaluated = connection.eval(eval).await?;
+                let eval =
+                    Eval { language: self.language, code, timeout_ms: Some(self.timeout_secs.saturating_mul(1000)) };
+                let evaluated = connection.eval(eval).await.map_err(|error| silent(error.into(), sandbox))?;
                 if self.json {
                     output::json(&evaluated)?;
                     return Ok(u8::from(evaluated.error.is_some()));
                 }
                 show(&evaluated)
             }
-            (None, Some(agent)) => {
+            (None, agent) => {
+                let agent = match agent {
+                    Some(agent) => agent,
+                    None => DirectAgent::usual().await.ok_or_else(|| no_sandbox("eval"))?,
+                };
                 let wait = Duration::from_secs(self.timeout_secs);
                 let answer = agent.ask(json!({ "action": "eval", "code": code }), Some(wait)).await?;
                 if self.json {
@@ -58,7 +63,6 @@ impl EvalArgs {
                 }
                 show(&older(&answer))
             }
-            (None, None) => Err(no_sandbox("eval")),
         }
     }
 

@@ -6,22 +6,34 @@
 pub(crate) mod bake;
 pub(crate) mod branch;
 pub(crate) mod checkpoints;
+pub(crate) mod cleanup;
+pub(crate) mod cp;
+pub(crate) mod env;
 pub(crate) mod eval;
+pub(crate) mod events;
 pub(crate) mod exec;
+pub(crate) mod files;
 pub(crate) mod fork;
 pub(crate) mod hub;
 pub(crate) mod images;
 pub(crate) mod kernel;
 pub(crate) mod layers;
 pub(crate) mod machine;
+pub(crate) mod man;
+pub(crate) mod mcp;
 pub(crate) mod packs;
 pub(crate) mod ping;
 pub(crate) mod port_forward;
 pub(crate) mod quickstart;
+pub(crate) mod run;
 pub(crate) mod sandboxes;
+pub(crate) mod shell;
 pub(crate) mod spawn;
 pub(crate) mod tree;
 pub(crate) mod verify;
+pub(crate) mod workspace;
+
+use forkd_types::SandboxId;
 
 use crate::client::{Client, ClientError};
 use crate::data_dir::DataDir;
@@ -64,6 +76,16 @@ fn sandbox_error(error: ClientError) -> anyhow::Error {
     match error.status() {
         Some(http::StatusCode::NOT_FOUND) => advised(error, "forkd ls"),
         _ => error.into(),
+    }
+}
+
+/// Adds to an error what to type when the guest of `sandbox` is silent.
+fn silent(error: anyhow::Error, sandbox: &SandboxId) -> anyhow::Error {
+    match error.downcast_ref::<ClientError>() {
+        Some(ClientError::Late { .. }) => {
+            advised(error, format!("forkd logs {sandbox}   (what its guest said last), or: forkd kill {sandbox}"))
+        }
+        _ => error,
     }
 }
 

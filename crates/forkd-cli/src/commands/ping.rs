@@ -5,7 +5,7 @@ use forkd_types::SandboxId;
 use serde_json::json;
 
 use super::{Context, no_sandbox, sandbox_error};
-use crate::direct_agent::DirectArgs;
+use crate::direct_agent::{DirectAgent, DirectArgs};
 use crate::output;
 
 /// Arguments of `forkd ping`.
@@ -23,7 +23,10 @@ impl PingArgs {
         let pong = match (&self.sandbox, self.direct.agent()) {
             (Some(sandbox), _) => context.client().await?.ping(sandbox).await.map_err(sandbox_error)?,
             (None, Some(agent)) => agent.ask(json!({ "action": "ping" }), None).await?,
-            (None, None) => return Err(no_sandbox("ping")),
+            (None, None) => {
+                let agent = DirectAgent::usual().await.ok_or_else(|| no_sandbox("ping"))?;
+                agent.ask(json!({ "action": "ping" }), None).await?
+            }
         };
         output::json(&pong)?;
         Ok(0)

@@ -58,7 +58,7 @@ impl PortForwardArgs {
         let mut interrupts = Interrupts::catch()?;
         let client = context.client().await?;
         // A sandbox that is not there is better known now than at the first connection.
-        client.agent(&self.sandbox).await.map_err(sandbox_error)?;
+        client.quiet_agent(&self.sandbox).await.map_err(sandbox_error)?;
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, self.ports.here));
         let listener = TcpListener::bind(address).await.map_err(|error| {
             let advice = format!("forkd port-forward {} 0:{}", self.sandbox, self.ports.guest);
@@ -73,7 +73,7 @@ impl PortForwardArgs {
 }
 
 /// Carries every connection that comes.
-async fn serve(
+pub(super) async fn serve(
     listener: &TcpListener,
     client: &Client,
     sandbox: &SandboxId,
@@ -86,7 +86,7 @@ async fn serve(
         tokio::spawn(async move {
             let carried = async {
                 stream.set_nodelay(true).map_err(local)?;
-                carry(stream, client.agent(&sandbox).await?, port).await
+                carry(stream, client.quiet_agent(&sandbox).await?, port).await
             };
             if let Err(error) = carried.await {
                 progress.warn(format_args!("connection of {peer} to port {port} of {sandbox}: {error}"));

@@ -4,7 +4,9 @@ use clap::Args;
 use forkd_types::{SandboxId, Tag};
 
 use super::{Context, sandbox_error};
+use crate::client::ClientError;
 use crate::failure::advised;
+use crate::interrupt::Interrupts;
 use crate::{children, output, units};
 
 /// Arguments of `forkd ls`.
@@ -104,12 +106,55 @@ impl KillArgs {
 pub(crate) struct LogsArgs {
     /// The sandbox
     sandbox: SandboxId,
+    /// Go on with what its guest writes from now on, until it ends
+    #[arg(short, long)]
+    follow: bool,
+    /// Begin with the last lines only
+    #[arg(short = 'n', long, value_name = "LINES", conflicts_with = "follow")]
+    tail: Option<usize>,
 }
 
 impl LogsArgs {
     pub(crate) async fn run(self, context: &Context) -> anyhow::Result<u8> {
-        let console = context.client().await?.console(&self.sandbox).await.map_err(sandbox_error)?;
-        output::bytes(&console)?;
+        let client = context.client().await?;
+        if self.follow {
+            let mut interrupts = Interrupts::catch()?;
+            let following = async {
+                let followed = client.follow_console(&self.sandbox, output::bytes).await;
+                followed.map_err(|error| match error.downcast::<ClientError>() {
+                    Ok(error) => sandbox_error(error),
+                    Err(error) => error,
+                })
+            };
+            return interrupts.guard(following).await.map(|()| 0);
+        }
+        let console = client.console(&self.sandbox).await.map_err(sandbox_error)?;
+        output::bytes(self.tail.map_or(&console[..], |lines| last_lines(&console, lines)))?;
         Ok(0)
+    }
+}
+
+/// The last `count` lines of `text`; one that is not ended yet counts.
+fn last_lines(text: &[u8], count: usize) -> &[u8] {
+    let body = text.strip_suffix(b"\n").unwrap_or(text);
+    let mut ends = body.iter().enumerate().rev().filter(|(_, byte)| **byte == b'\n').map(|(at, _)| at + 1);
+    match count {
+        0 => &[],
+        count => &text[ends.nth(count - 1).unwrap_or(0)..],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_end_of_a_log_is_whole_lines() {
+        let last = |text: &str, count| String::from_utf8_lossy(last_lines(text.as_bytes(), count)).into_owned();
+        assert_eq!(last("a\nb\nc\n", 2), "b\nc\n");
+        assert_eq!(last("a\nb\nc", 1), "c");
+        assert_eq!(last("a\nb\n", 9), "a\nb\n");
+        assert_eq!(last("a\n", 0), "");
+        assert_eq!(last("", 3), "");
     }
 }

@@ -4,6 +4,7 @@ use clap::Args;
 use forkd_types::Tag;
 use forkd_types::rest::{AutoCheckpoint, SPAWN_LIMIT, SpawnReport, SpawnRequest};
 
+use super::workspace::LifetimeOptions;
 use super::{Context, snapshot_error};
 use crate::failure::advised;
 use crate::progress::Progress;
@@ -24,6 +25,8 @@ pub(crate) struct ChildOptions {
     /// Take a checkpoint of a child before each of these: exec, every program and evaluation
     #[arg(long, value_name = "WHEN", value_parser = auto_checkpoint)]
     pub(crate) auto_checkpoint: Option<AutoCheckpoint>,
+    #[command(flatten)]
+    pub(crate) lifetime: LifetimeOptions,
     /// Accepted for existing scripts: every child can be branched while it runs
     #[arg(long, hide = true)]
     live_fork: bool,
@@ -36,14 +39,15 @@ impl ChildOptions {
     /// The request for `n` children of `tag`.
     pub(crate) fn request(&self, tag: &Tag, n: u32) -> SpawnRequest {
         SpawnRequest {
-            snapshot_tag: tag.to_string(),
-            n,
             per_child_netns: self.per_child_netns,
             memory_limit_mib: self.memory_limit_mib,
             prewarm: self.prewarm,
             live_fork: self.live_fork,
             hugepages: self.hugepages,
             auto_checkpoint: self.auto_checkpoint,
+            timeout_secs: self.lifetime.timeout_secs,
+            on_timeout: self.lifetime.on_timeout,
+            ..SpawnRequest::of(tag, n)
         }
     }
 }

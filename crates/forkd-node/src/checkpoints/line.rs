@@ -45,6 +45,11 @@ impl Checkpoint {
             name: self.name.clone(),
             created_at_unix: self.created_at_unix,
             pause_us: self.pause_us,
+            stages: match &self.held {
+                // One that an earlier daemon took says nothing of it.
+                Held::Frozen(frozen) => Some(frozen.stages.clone()).filter(|stages| !stages.0.is_empty()),
+                Held::Snapshot(_) => None,
+            },
             place: match self.held {
                 Held::Frozen(_) => CheckpointPlace::Memory,
                 Held::Snapshot(_) => CheckpointPlace::Disk,

@@ -23,13 +23,14 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use forkd_proto::monitor::Command;
-use forkd_types::rest::{CheckpointInfo, CheckpointRequest, RewindRequest};
+use forkd_types::rest::{CheckpointInfo, CheckpointRequest, EventKind, RewindRequest};
 use forkd_types::{ByteSize, PageCount, SandboxId, StageTimings};
 
 use crate::birth::{self, Parent, Parts, Stopwatch};
 use crate::branch::Brancher;
 use crate::control::expect_event;
 use crate::error::{NodeError, NodeResult, with_causes};
+use crate::events::News;
 use crate::frozen::{Frozen, Lifetime};
 use crate::host::{Host, Traces, unix_now};
 use crate::sandbox::{Roster, Running, Sandbox};
@@ -76,7 +77,8 @@ impl Checkpoints {
         };
         let info = self.freeze(sandbox, name, false).await?;
         if request.disk {
-            return self.spill(&sandbox.id, &info.name).await;
+            let spilled = self.spill(&sandbox.id, &info.name).await?;
+            return Ok(CheckpointInfo { stages: info.stages, ..spilled });
         }
         self.trim();
         Ok(info)
@@ -126,6 +128,7 @@ impl Checkpoints {
                 point.end();
                 return Err(NodeError::CheckpointExists { id: sandbox.id.clone(), name: point.name });
             }
+            self.host.events.tell(News::of(EventKind::CheckpointCreated).sandbox(&sandbox.id).checkpoint(&point.name));
             line.points.push(point);
         }
         if self.roster.get(&sandbox.id).is_err() {
@@ -187,6 +190,7 @@ impl Checkpoints {
         for point in points {
             point.end();
             left_a_snapshot |= matches!(point.held, Held::Snapshot(_));
+            self.host.events.tell(News::of(EventKind::CheckpointRemoved).sandbox(id).checkpoint(&point.name));
             self.host.database.forget_checkpoint(id.clone(), point.name);
         }
         // Most sandboxes end without: a sweep lists the whole store, and the next regular one finds the rest.
@@ -220,6 +224,7 @@ impl Checkpoints {
         };
         self.let_go(id, later);
         tracing::info!(sandbox = %id, checkpoint = point.name, "rewound");
+        self.host.events.tell(News::of(EventKind::SandboxRewound).sandbox(id).checkpoint(&point.name));
         Ok(point.info())
     }
 

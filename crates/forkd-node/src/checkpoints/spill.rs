@@ -11,13 +11,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use forkd_proto::monitor::Contents;
 use forkd_store::{Listed, StagedSnapshot, StoreError};
-use forkd_types::rest::CheckpointInfo;
+use forkd_types::rest::{CheckpointInfo, EventKind};
 use forkd_types::{SandboxId, Tag};
 
 use super::Checkpoints;
 use super::line::{Checkpoint, Held};
 use crate::database::Base;
 use crate::error::{NodeError, NodeResult, with_causes};
+use crate::events::News;
 use crate::frozen::Frozen;
 use crate::host::{blocking, unix_now};
 use crate::lineage;
@@ -89,6 +90,7 @@ impl Checkpoints {
         self.host.database.note_checkpoint(moved.record(id));
         frozen.end();
         tracing::info!(sandbox = %id, checkpoint = name, "a checkpoint went to disk");
+        self.host.events.tell(News::of(EventKind::CheckpointMoved).sandbox(id).checkpoint(name));
         Ok(CheckpointInfo { stored_bytes, ..moved.info() })
     }
 

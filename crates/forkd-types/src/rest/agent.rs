@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 /// `POST /v1/sandboxes/:id/exec`.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct ExecRequest {
     /// The program and its arguments; no shell.
@@ -25,6 +26,7 @@ pub struct ExecRequest {
 }
 
 /// Answer of `exec`. Output that is not UTF-8 has its bad bytes replaced.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct ExecResponse {
     /// Standard output.
@@ -39,6 +41,7 @@ pub struct ExecResponse {
 }
 
 /// `POST /v1/sandboxes/:id/eval`.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct EvalRequest {
     /// Source text.
@@ -52,6 +55,7 @@ pub struct EvalRequest {
 }
 
 /// Answer of `eval`.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct EvalResponse {
     /// `repr` of the value (Python) or its JSON text (Node).
@@ -63,6 +67,37 @@ pub struct EvalResponse {
     /// What the code printed.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub stdout: String,
+}
+
+/// Answer of `POST /v1/sandboxes/:id/ping`: the keys that clients of the older agent read, and what this agent tells
+/// besides.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct PingAnswer {
+    /// Always true.
+    pub pong: bool,
+    /// Version of numpy in the warm Python, or `not-installed`.
+    pub numpy_version: String,
+    /// The agent's process id in the guest.
+    pub pid: u32,
+    /// The language that `eval` takes when none is named.
+    pub agent_lang: String,
+    /// Always true: an agent answers only when what was to be warmed is warm.
+    pub warmup_ready: bool,
+    /// Version of the agent's protocol.
+    pub protocol: u32,
+    /// Version of the agent.
+    pub agent: String,
+    /// Release of the guest's kernel.
+    pub kernel: String,
+    /// Languages whose runtime is warm.
+    pub warm: Vec<String>,
+    /// Who the guest was told that it is.
+    pub sandbox_id: String,
+    /// Nanoseconds since the guest booted.
+    pub uptime_ns: u64,
+    /// How long the agent took to answer the daemon.
+    pub round_trip_us: u64,
 }
 
 fn thirty() -> u64 {

@@ -2,10 +2,12 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::SnapshotInfo;
 use crate::StageTimings;
 
 /// `POST /v1/bakes`: boot a root disk, warm it, snapshot it. Answered by a stream of [`BakeEvent`],
 /// one JSON object a line.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct BakeRequest {
     /// Name of the snapshot to make.
@@ -48,6 +50,7 @@ fn default_boot_timeout() -> u64 {
 }
 
 /// One statement run in a warm runtime.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct WarmStep {
     /// `python` or `node`.
@@ -57,6 +60,7 @@ pub struct WarmStep {
 }
 
 /// Progress of a bake.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum BakeEvent {

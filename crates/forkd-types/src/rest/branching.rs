@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 /// How `branch` was once asked to copy memory. The source stands still equally little in all of them.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum BranchMode {
@@ -15,6 +16,7 @@ pub enum BranchMode {
 }
 
 /// `POST /v1/sandboxes/:id/branch`: a snapshot of a running sandbox.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct BranchRequest {
     /// Name of the snapshot; generated when absent.

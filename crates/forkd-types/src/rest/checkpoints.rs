@@ -2,7 +2,10 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::StageTimings;
+
 /// `POST /v1/sandboxes/:id/checkpoints`.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct CheckpointRequest {
     /// Its name; `cp-N` when absent.
@@ -14,6 +17,7 @@ pub struct CheckpointRequest {
 }
 
 /// Where a checkpoint is.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum CheckpointPlace {
@@ -25,6 +29,7 @@ pub enum CheckpointPlace {
 }
 
 /// One checkpoint of a sandbox.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct CheckpointInfo {
     /// Its name, unique within the sandbox.
@@ -33,6 +38,9 @@ pub struct CheckpointInfo {
     pub created_at_unix: u64,
     /// How long the sandbox stood still for it.
     pub pause_us: u64,
+    /// Where that time went; known while the checkpoint is in memory, by the daemon that took it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stages: Option<StageTimings>,
     /// Where it is.
     #[serde(default)]
     pub place: CheckpointPlace,
@@ -49,6 +57,7 @@ pub struct CheckpointInfo {
 }
 
 /// `POST /v1/sandboxes/:id/rewind`: back to a checkpoint, which stays; later ones go.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct RewindRequest {
     /// The checkpoint.

@@ -6,21 +6,42 @@
 
 mod agent;
 mod bakes;
+mod blobs;
 mod branching;
 mod checkpoints;
 mod discovery;
+mod events;
+mod exec_stream;
+mod files;
 mod packs;
 mod sandboxes;
 mod snapshots;
+mod tree;
+mod usage;
+mod workspaces;
 
-pub use agent::{EvalRequest, EvalResponse, ExecRequest, ExecResponse};
+pub use agent::{EvalRequest, EvalResponse, ExecRequest, ExecResponse, PingAnswer};
 pub use bakes::{BakeEvent, BakeRequest, WarmStep};
+pub use blobs::BlobInfo;
 pub use branching::{BranchMode, BranchRequest};
 pub use checkpoints::{CheckpointInfo, CheckpointPlace, CheckpointRequest, RewindRequest};
 pub use discovery::{API_VERSION, ErrorBody, Health, Version};
+pub use events::{Event, EventKind};
+pub use exec_stream::{
+    ExecStreamControl, ExecStreamEvent, ExecStreamRequest, PtySize, STDERR_CHANNEL, STDIN_CHANNEL, STDOUT_CHANNEL,
+    SignalName,
+};
+pub use files::{FileEntry, FileEvent, FileEventKind, FileKind, MakeDirectoryRequest, MoveFileRequest, WrittenFile};
 pub use packs::{UnpackFate, UnpackReport, UnpackedSnapshot};
 pub use sandboxes::{
-    AutoCheckpoint, ForkRequest, GUEST_ADDR, SPAWN_LIMIT, SandboxInfo, SandboxMemory, SpawnFailure, SpawnReport,
-    SpawnRequest, SpawnTimings,
+    AutoCheckpoint, ForkRequest, GUEST_ADDR, LIFETIME_LIMIT_SECS, OnTimeout, SPAWN_LIMIT, SandboxInfo, SandboxMemory,
+    SpawnFailure, SpawnReport, SpawnRequest, SpawnTimings, TimeoutRequest,
 };
-pub use snapshots::{CompactRequest, SnapshotInfo, SnapshotStatus};
+pub use snapshots::{
+    CompactRequest, CreateSnapshotRequest, SnapshotDetail, SnapshotInfo, SnapshotStatus, VerifyProgress,
+};
+pub use tree::{Family, FamilyKind, FamilyMember};
+pub use usage::SandboxUsage;
+pub use workspaces::{
+    CreateWorkspaceRequest, SuspendWorkspaceRequest, WORKSPACE_NAME_LIMIT, WorkspaceInfo, WorkspaceStatus,
+};

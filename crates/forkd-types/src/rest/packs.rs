@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::Tag;
 
 /// Answer of `POST /v1/packs`: what came of a pack.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct UnpackReport {
     /// The snapshot that was packed, by the name that it has here.
@@ -22,6 +23,7 @@ pub struct UnpackReport {
 }
 
 /// What came of one snapshot of a pack.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct UnpackedSnapshot {
     /// Its name here.
@@ -31,6 +33,7 @@ pub struct UnpackedSnapshot {
 }
 
 /// What becomes of a snapshot that comes in a pack.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum UnpackFate {

@@ -12,6 +12,7 @@ pub const GUEST_ADDR: &str = "10.42.0.2:8888";
 pub const SPAWN_LIMIT: u32 = 1000;
 
 /// `POST /v1/sandboxes`.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct SpawnRequest {
     /// The snapshot to fork.
@@ -37,9 +38,16 @@ pub struct SpawnRequest {
     /// Take a checkpoint of a child before each of these.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub auto_checkpoint: Option<AutoCheckpoint>,
+    /// End each child by itself after this long, 1 to [`LIFETIME_LIMIT_SECS`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timeout_secs: Option<u64>,
+    /// How a child ends after `timeout_secs`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub on_timeout: Option<OnTimeout>,
 }
 
 /// What an automatic checkpoint is taken before.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum AutoCheckpoint {
@@ -47,17 +55,57 @@ pub enum AutoCheckpoint {
     Exec,
 }
 
+/// The longest lifetime that a sandbox can be given, in seconds: a year. Without one it lives until it is ended.
+pub const LIFETIME_LIMIT_SECS: u64 = 365 * 24 * 3600;
+
+/// How a sandbox ends when its lifetime is over.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnTimeout {
+    /// At once, and nothing is left of it.
+    #[default]
+    Kill,
+    /// It is put on disk first: that of a workspace as the workspace's state, any other as the snapshot
+    /// `suspended-<id>`. One that cannot be put on disk runs on.
+    Suspend,
+}
+
+/// `POST /v1/sandboxes/:id/timeout`: answered with the sandbox.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct TimeoutRequest {
+    /// The sandbox ends this long after now, whatever was said before; null lets it live until it is ended.
+    #[serde(deserialize_with = "said")]
+    pub timeout_secs: Option<u64>,
+    /// How it ends then; as said before when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub on_timeout: Option<OnTimeout>,
+}
+
 impl SpawnRequest {
     /// A request for `n` children of `tag`, with defaults for the rest.
     pub fn of(tag: &Tag, n: u32) -> Self {
         let (per_child_netns, prewarm, live_fork, hugepages) = (false, false, false, false);
         let (memory_limit_mib, auto_checkpoint) = (None, None);
-        let snapshot_tag = tag.to_string();
-        Self { snapshot_tag, n, per_child_netns, memory_limit_mib, prewarm, live_fork, hugepages, auto_checkpoint }
+        let (snapshot_tag, timeout_secs, on_timeout) = (tag.to_string(), None, None);
+        Self {
+            snapshot_tag,
+            n,
+            per_child_netns,
+            memory_limit_mib,
+            prewarm,
+            live_fork,
+            hugepages,
+            auto_checkpoint,
+            timeout_secs,
+            on_timeout,
+        }
     }
 }
 
 /// `POST /v1/sandboxes/:id/fork`: copies of a running sandbox, all of one instant. Answered as a spawn is.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct ForkRequest {
     /// How many copies, 1 to [`SPAWN_LIMIT`].
@@ -66,9 +114,23 @@ pub struct ForkRequest {
     /// Memory limit of each copy's monitor.
     #[serde(default)]
     pub memory_limit_mib: Option<u64>,
+    /// End each copy by itself after this long; a copy does not inherit the lifetime of its source.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timeout_secs: Option<u64>,
+    /// How a copy ends after `timeout_secs`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub on_timeout: Option<OnTimeout>,
+}
+
+impl ForkRequest {
+    /// A request for `n` copies, with defaults for the rest.
+    pub fn of(n: u32) -> Self {
+        Self { n, memory_limit_mib: None, timeout_secs: None, on_timeout: None }
+    }
 }
 
 /// One sandbox. All keys but the optional last ones are always present, in this order.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct SandboxInfo {
     /// Identity, `sb-…`.
@@ -97,9 +159,13 @@ pub struct SandboxInfo {
     /// The sandbox that it is a copy of; left out when it was forked from the snapshot itself.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub forked_from: Option<SandboxId>,
+    /// When it ends by itself; left out when it does not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expires_at_unix: Option<u64>,
 }
 
 /// One child that did not come up, in a [`SpawnReport`].
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct SpawnFailure {
     /// The id it would have had.
@@ -109,6 +175,7 @@ pub struct SpawnFailure {
 }
 
 /// How long one child took to come up.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct SpawnTimings {
     /// The child.
@@ -120,6 +187,7 @@ pub struct SpawnTimings {
 }
 
 /// `POST /v1/sandboxes?detail=true`: what the plain array cannot say.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct SpawnReport {
     /// The children that are up and whose agent answered.
@@ -136,6 +204,7 @@ pub struct SpawnReport {
 }
 
 /// `GET /v1/sandboxes/:id/memory`: what one child costs the host.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct SandboxMemory {
     /// Proportional set size of the monitor.
@@ -150,6 +219,11 @@ pub struct SandboxMemory {
 
 fn one() -> u32 {
     1
+}
+
+/// A value that may be null and must not be missing.
+fn said<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
+    Option::deserialize(deserializer)
 }
 
 #[cfg(test)]
@@ -171,6 +245,7 @@ mod tests {
             branch_count: 0,
             stopped: None,
             forked_from: None,
+            expires_at_unix: None,
         };
         assert_eq!(
             serde_json::to_string(&info).expect("plain data"),
@@ -184,5 +259,14 @@ mod tests {
         assert_eq!((request.n, request.per_child_netns, request.memory_limit_mib), (1, false, None));
         assert!(serde_json::from_str::<SpawnRequest>(r#"{"snapshot_tag":"py","n":-1}"#).is_err());
         assert!(serde_json::from_str::<SpawnRequest>("{}").is_err());
+    }
+
+    #[test]
+    fn a_lifetime_is_taken_away_by_null_and_not_by_forgetting_it() {
+        let parse = |text| serde_json::from_str::<TimeoutRequest>(text);
+        assert_eq!(parse(r#"{"timeout_secs":null}"#).expect("valid").timeout_secs, None);
+        let both = parse(r#"{"timeout_secs":7,"on_timeout":"suspend"}"#).expect("valid");
+        assert_eq!((both.timeout_secs, both.on_timeout), (Some(7), Some(OnTimeout::Suspend)));
+        assert!(parse("{}").is_err());
     }
 }

@@ -1,6 +1,6 @@
 //! `exec`: a program in a sandbox, as if it ran here.
 
-mod session;
+pub(super) mod session;
 
 use std::io::Read;
 use std::time::Duration;
@@ -10,7 +10,7 @@ use forkd_proto::agent::Exec;
 use forkd_types::SandboxId;
 use serde_json::{Value, json};
 
-use super::{Context, no_sandbox, sandbox_error};
+use super::{Context, no_sandbox, sandbox_error, silent};
 use crate::direct_agent::{DirectAgent, DirectArgs};
 use crate::failure::advised;
 use crate::{output, terminal};
@@ -57,18 +57,15 @@ impl ExecArgs {
         match (&self.sandbox, self.direct.agent()) {
             (Some(sandbox), _) => {
                 let connection = context.client().await?.agent(sandbox).await.map_err(sandbox_error)?;
-                session::run(connection, &self.exec()).await
+                session::run(connection, &self.exec()).await.map_err(|error| silent(error, sandbox))
             }
             (None, Some(agent)) => self.run_directly(agent).await,
-            (None, None) => Err(no_sandbox("exec")),
+            (None, None) => self.run_directly(DirectAgent::usual().await.ok_or_else(|| no_sandbox("exec"))?).await,
         }
     }
 
     fn exec(&self) -> Exec {
-        let mut env = self.env.clone();
-        if self.tty && !env.iter().any(|(name, _)| name == "TERM") {
-            env.push(("TERM".to_owned(), std::env::var("TERM").unwrap_or_else(|_| "xterm".to_owned())));
-        }
+        let env = if self.tty { terminal::with_kind(self.env.clone()) } else { self.env.clone() };
         Exec {
             args: self.command.clone(),
             env,
@@ -107,6 +104,9 @@ impl ExecArgs {
 /// The signals that are passed on to the program.
 pub(super) const FORWARDED: [i32; 4] = [1, 2, 3, 15];
 
+/// The signals that are passed on to a program on a terminal.
+const FORWARDED_ON_TERMINAL: [i32; 2] = [2, 3];
+
 /// The exit code to end with: that of the program, or 128 and the signal that ended it, as shells do.
 pub(super) fn exit_code(code: i64) -> u8 {
     if code < 0 { (128 - code).min(255) as u8 } else { (code & 0xff) as u8 }
@@ -117,7 +117,7 @@ pub(super) fn timed_out(command: &str) -> anyhow::Error {
     advised(anyhow::anyhow!("{command:?} was killed at its time limit"), "a larger --timeout-secs, or none")
 }
 
-fn variable(text: &str) -> Result<(String, String), String> {
+pub(super) fn variable(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
         _ => Err("write NAME=VALUE".to_owned()),

@@ -7,12 +7,16 @@
 //!  stdout, stderr ◄──────────── this task ◄─────┘
 //! ```
 //!
+//! On a terminal, keys reach the program as bytes; SIGHUP and SIGTERM are then meant for this program: it ends, and
+//! with its connection the program in the sandbox.
+//!
 //! The queue is short: a program that does not read its input holds up the stdin thread, and output
 //! that is not taken holds up the agent, so neither is ever buffered whole.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
 
 use forkd_proto::agent::{Exec, ExecControl, Request, Response};
 use forkd_proto::frame::{Frame, Kind};
@@ -20,8 +24,9 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
-use super::{FORWARDED, exit_code, timed_out};
-use crate::client::{AgentConnection, ClientError, FrameReader};
+use super::{FORWARDED, FORWARDED_ON_TERMINAL, exit_code, timed_out};
+use crate::client::{ANSWER_LIMIT, AgentConnection, ClientError, FrameReader, GRACE, within};
+use crate::interrupt::Interrupts;
 use crate::terminal::{self, RawMode};
 
 /// Bytes of standard input in one frame.
@@ -31,11 +36,13 @@ const INPUT_CHUNK: usize = 64 << 10;
 const QUEUE: usize = 4;
 
 /// Runs `exec` on a fresh connection with this program's own streams; the value is the exit code.
-pub(super) async fn run<S>(connection: AgentConnection<S>, exec: &Exec) -> anyhow::Result<u8>
+pub(in crate::commands) async fn run<S>(connection: AgentConnection<S>, exec: &Exec) -> anyhow::Result<u8>
 where
     S: AsyncRead + AsyncWrite + Send + 'static,
 {
-    let (reader, mut writer) = connection.begin(&Request::Exec(exec.clone())).await?;
+    let request = Request::Exec(exec.clone());
+    let (reader, mut writer) = connection.begin(&request).await?;
+    let mut end = Interrupts::catch_end()?;
     let raw_mode = if exec.terminal.is_some() && exec.stdin { RawMode::enter()? } else { None };
     let (queue, mut queued) = mpsc::channel::<Frame>(QUEUE);
     if exec.stdin {
@@ -54,7 +61,14 @@ where
         }
         writer
     });
-    let ended = receive(reader, exec).await;
+    let ended = if exec.terminal.is_some() {
+        tokio::select! {
+            ended = receive(reader, exec) => ended,
+            interrupted = end.next() => Err(interrupted.into()),
+        }
+    } else {
+        receive(reader, exec).await
+    };
     drop(raw_mode);
     sending.abort();
     ended
@@ -62,10 +76,24 @@ where
 
 /// Copies output until the program ends.
 async fn receive<S: AsyncRead + AsyncWrite>(mut reader: FrameReader<S>, exec: &Exec) -> anyhow::Result<u8> {
+    let began = Instant::now();
+    let limit = exec.timeout_ms.map(|limit| Duration::from_millis(limit).saturating_add(GRACE));
+    let mut started = false;
     let mut stdout = unbuffered(io::stdout())?;
     let mut stderr = unbuffered(io::stderr())?;
     loop {
-        let frame = reader.next().await?;
+        let frame = match (started, limit) {
+            (false, _) => within(ANSWER_LIMIT, "start the program", reader.next()).await,
+            (true, None) => reader.next().await,
+            (true, Some(limit)) => {
+                let left = limit.saturating_sub(began.elapsed());
+                let late =
+                    |_| ClientError::Late { what: "stop the program at its time limit", seconds: limit.as_secs() };
+                tokio::time::timeout(left, reader.next()).await.map_err(late)?
+            }
+        };
+        let frame = frame?;
+        started = true;
         match frame.kind {
             Kind::Stdout => tokio::task::block_in_place(|| stdout.write_all(&frame.payload))?,
             Kind::Stderr => tokio::task::block_in_place(|| stderr.write_all(&frame.payload))?,
@@ -105,7 +133,8 @@ fn send_input(queue: &mpsc::Sender<Frame>) {
 
 /// Passes signals and, for a terminal, its changes of size on to the program.
 fn forward_signals(queue: &mpsc::Sender<Frame>, terminal: bool) -> io::Result<()> {
-    for number in FORWARDED {
+    let forwarded: &[i32] = if terminal { &FORWARDED_ON_TERMINAL } else { &FORWARDED };
+    for &number in forwarded {
         let control = move || ExecControl::Signal { signal: number };
         forward(SignalKind::from_raw(number), queue.clone(), control)?;
     }

@@ -1,11 +1,19 @@
 //! `fork`: fork children, hold them in the foreground, kill them.
+//!
+//! A single child's agent can meanwhile be reached from this host, which is how clients use it that start this
+//! program for a sandbox of their own and end it by SIGTERM.
 
+mod bridge;
+mod own_address;
+
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use clap::Args;
 use forkd_types::Tag;
 use forkd_types::rest::SPAWN_LIMIT;
 
+use self::bridge::{Bridge, Landing};
 use super::spawn::ChildOptions;
 use super::{Context, spawn_error};
 use crate::children::Children;
@@ -26,6 +34,9 @@ pub(crate) struct ForkArgs {
     settle_secs: u64,
     #[command(flatten)]
     options: ChildOptions,
+    /// Where the agent of a single child can be reached from this host while it is held
+    #[arg(long, value_name = "ADDRESS:PORT", default_value_t = bridge::usual_address())]
+    listen: SocketAddr,
     /// Accepted for existing scripts: there is no work directory
     #[arg(long, hide = true)]
     keep_workdir: bool,
@@ -38,6 +49,7 @@ impl ForkArgs {
             return Ok(0);
         }
         let mut interrupts = Interrupts::catch()?;
+        let landing = (self.n == 1).then(|| Landing::prepare(self.listen));
         let client = context.client().await?;
         let began = Instant::now();
         let request = self.options.request(&self.tag, self.n);
@@ -62,8 +74,25 @@ impl ForkArgs {
         }
         print(latest("fork"), latest("restore"), total, report.sandboxes.len(), self.n)?;
         let settle = Duration::from_secs(self.settle_secs);
+        let only = match &report.sandboxes[..] {
+            [only] if self.n == 1 => Some(only.id.clone()),
+            _ => None,
+        };
         let held = children.scope(&mut interrupts, async {
-            tokio::time::sleep(settle).await;
+            let holding = tokio::time::sleep(settle);
+            let bridging = async {
+                let sandbox = only?;
+                let opened = match landing? {
+                    Ok(landing) => Bridge::open(landing, &client, &sandbox, &context.progress).await,
+                    Err(error) => Err(error),
+                };
+                opened.inspect_err(|error| context.progress.warn(error)).ok()
+            };
+            tokio::pin!(holding);
+            tokio::select! {
+                () = &mut holding => {}
+                _bridge = bridging => holding.await,
+            }
             Ok(())
         });
         held.await.map(|()| 0)

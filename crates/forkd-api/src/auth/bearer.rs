@@ -1,18 +1,8 @@
-//! The bearer token.
-//!
-//! With a token, every path but `/healthz` needs `Authorization: Bearer <token>`. Connections over
-//! the unix socket need none: the socket's permissions decide who may connect.
+//! The token file: one token, with every right.
 
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-
-use axum::extract::{Request, State};
-use axum::http::{HeaderMap, header};
-use axum::middleware::Next;
-use axum::response::{IntoResponse, Response};
-
-use crate::error::ApiError;
 
 /// The shortest token, in bytes.
 const SHORTEST: usize = 16;
@@ -53,7 +43,7 @@ pub enum TokenError {
     },
 }
 
-/// The token that requests are compared with; only its hash is kept.
+/// The token of a token file; only its hash is kept.
 #[derive(Clone, Debug)]
 pub struct Token(Arc<blake3::Hash>);
 
@@ -79,29 +69,11 @@ impl Token {
         }
     }
 
-    /// Whether `presented` is the token. Takes the same time whatever is the same in both: hashes
-    /// have one length, and comparing two of them takes constant time.
-    fn accepts(&self, presented: &str) -> bool {
-        blake3::hash(presented.as_bytes()) == *self.0
+    /// Whether `presented` is the hash of the token. Hashes have one length, and comparing two of them takes
+    /// constant time.
+    pub(super) fn has_hash(&self, presented: &blake3::Hash) -> bool {
+        *presented == *self.0
     }
-}
-
-/// Lets a request through when it presents the token, or asks for `/healthz`.
-pub(crate) async fn require(State(token): State<Token>, request: Request, next: Next) -> Response {
-    let exempt = matches!(request.uri().path(), "/healthz" | "/healthz/");
-    if exempt {
-        return next.run(request).await;
-    }
-    match presented(request.headers()) {
-        Some(presented) if token.accepts(presented) => next.run(request).await,
-        Some(_) => ApiError::invalid_token().into_response(),
-        None => ApiError::missing_token().into_response(),
-    }
-}
-
-fn presented(headers: &HeaderMap) -> Option<&str> {
-    let value = headers.get(header::AUTHORIZATION)?.to_str().ok()?;
-    Some(value.strip_prefix("Bearer ")?.trim())
 }
 
 #[cfg(test)]
@@ -123,21 +95,9 @@ mod tests {
     #[test]
     fn only_the_token_is_accepted() {
         let token = check("0123456789abcdef").expect("long enough");
-        assert!(token.accepts("0123456789abcdef"));
+        assert!(token.has_hash(&blake3::hash(b"0123456789abcdef")));
         for other in ["", "0123456789abcde", "0123456789abcdef0", "0123456789abcdeF"] {
-            assert!(!token.accepts(other), "{other}");
+            assert!(!token.has_hash(&blake3::hash(other.as_bytes())), "{other}");
         }
-    }
-
-    #[test]
-    fn the_scheme_is_case_sensitive_and_the_token_trimmed() {
-        let with = |value: &str| {
-            let mut headers = HeaderMap::new();
-            headers.insert(header::AUTHORIZATION, value.parse().expect("header"));
-            presented(&headers).map(str::to_owned)
-        };
-        assert_eq!(with("Bearer  abc "), Some("abc".to_owned()));
-        assert_eq!(with("bearer abc"), None);
-        assert_eq!(with("Basic abc"), None);
     }
 }

@@ -1,0 +1,72 @@
+//! The family of snapshots, sandboxes and checkpoints.
+
+use serde::{Deserialize, Serialize};
+
+use super::{CheckpointInfo, SandboxInfo, SnapshotInfo};
+
+/// `GET /v1/tree`: everything, each under what it came from.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Family {
+    /// What derives from nothing that is still there, snapshots first.
+    pub roots: Vec<FamilyMember>,
+}
+
+/// What a member of the family is.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum FamilyKind {
+    /// A snapshot.
+    Snapshot,
+    /// A sandbox.
+    Sandbox,
+    /// A checkpoint of the sandbox it hangs from.
+    Checkpoint,
+}
+
+/// One member of the family and what came from it. Of `snapshot`, `sandbox` and `checkpoint` there is the one that
+/// `kind` names.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct FamilyMember {
+    /// What it is.
+    pub kind: FamilyKind,
+    /// Its tag, id or name.
+    pub name: String,
+    /// The snapshot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot: Option<Box<SnapshotInfo>>,
+    /// The sandbox.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sandbox: Option<Box<SandboxInfo>>,
+    /// Of a sandbox that runs: pages that only its monitor holds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub private_bytes: Option<u64>,
+    /// The checkpoint.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub checkpoint: Option<Box<CheckpointInfo>>,
+    /// What came from it.
+    #[cfg_attr(feature = "openapi", schema(no_recursion))]
+    pub children: Vec<FamilyMember>,
+}
+
+impl FamilyMember {
+    /// A snapshot and what came from it.
+    pub fn snapshot(info: SnapshotInfo, children: Vec<Self>) -> Self {
+        let (kind, name, snapshot) = (FamilyKind::Snapshot, info.tag.to_string(), Some(Box::new(info)));
+        Self { kind, name, snapshot, sandbox: None, private_bytes: None, checkpoint: None, children }
+    }
+
+    /// A sandbox and what came from it.
+    pub fn sandbox(info: SandboxInfo, private_bytes: Option<u64>, children: Vec<Self>) -> Self {
+        let (kind, name, sandbox) = (FamilyKind::Sandbox, info.id.to_string(), Some(Box::new(info)));
+        Self { kind, name, snapshot: None, sandbox, private_bytes, checkpoint: None, children }
+    }
+
+    /// A checkpoint.
+    pub fn checkpoint(info: CheckpointInfo) -> Self {
+        let (kind, name, checkpoint) = (FamilyKind::Checkpoint, info.name.clone(), Some(Box::new(info)));
+        Self { kind, name, snapshot: None, sandbox: None, private_bytes: None, checkpoint, children: Vec::new() }
+    }
+}
