@@ -5,7 +5,7 @@ use std::path::Path;
 
 use assert_cmd::Command;
 
-const VERBS: [&[&str]; 68] = [
+const VERBS: [&[&str]; 70] = [
     &[],
     &["quickstart"],
     &["doctor"],
