@@ -18,7 +18,7 @@ demo:
 
 test:
 	@scripts/install-dependencies run test
-	@$(MAKE) --no-print-directory check build unit vm fuzz
+	@scripts/side-by-side "build vm" "check unit fuzz"
 
 # One folder with the four programs side by side, the way they are installed.
 build:

@@ -63,7 +63,7 @@ pub(crate) struct ServeArgs {
     #[command(flatten)]
     pub(crate) access: AccessArgs,
 
-    /// Answer requests to <port>-<sandbox id>.DOMAIN by the servers in guests.
+    /// Answer requests to PORT-SANDBOX.DOMAIN by the servers in guests.
     #[arg(long, env = "FORKD_DOMAIN", value_name = "DOMAIN")]
     pub(crate) domain: Option<String>,
 

@@ -1,6 +1,6 @@
 //! One child, from its birth to its end, and the roster of all of them.
 //!
-//! Which states there are and what leads from which to which is in [`lifecycle`](crate::lifecycle). A child that is
+//! Which states there are and what leads from which to which is in [`crate::lifecycle`]. A child that is
 //! starting is a [`Newborn`]; after that it is a [`Sandbox`] in the [`Roster`]. A stopped sandbox keeps its reason and
 //! its console until it is removed. Every step into or out of *running* is recorded in the database.
 

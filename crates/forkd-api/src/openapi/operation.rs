@@ -8,6 +8,7 @@ use utoipa::openapi::{ContentBuilder, Ref, RefOr, Required, ResponseBuilder, Sch
 use utoipa::{PartialSchema, ToSchema};
 
 use forkd_types::rest::ErrorBody;
+use forkd_types::{Digest, SandboxId, Tag};
 
 /// The component schemas that a description refers to, by name.
 pub(super) type Schemas = Vec<(String, RefOr<Schema>)>;
@@ -58,6 +59,9 @@ impl Operation {
                     .description(Some(meaning(name)))
                     .schema(Some(match name {
                         "port" => number(),
+                        "id" => SandboxId::schema(),
+                        "tag" => Tag::schema(),
+                        "digest" => Digest::schema(),
                         _ => text(),
                     })),
             )

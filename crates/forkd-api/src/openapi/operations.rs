@@ -120,7 +120,7 @@ fn guests() -> Vec<Operation> {
             .answers_raw(OK, Body::Raw(TAR)),
         path(Operation::put("/v1/sandboxes/{id}/files/archive", "Unpack a tar stream into a directory"))
             .query("owners", Query::Flag, "Give files the owners that the stream names.")
-            .takes_raw(Body::Raw(TAR))
+            .takes_raw(Body::Raw(BYTES))
             .answers_nothing(NO_CONTENT),
         path(Operation::get("/v1/sandboxes/{id}/files/list", "What is in a directory")).answers_all::<FileEntry>(OK),
         path(Operation::get("/v1/sandboxes/{id}/files/stat", "One file, not following a link")).answers::<FileEntry>(OK),
@@ -214,7 +214,7 @@ fn snapshots() -> Vec<Operation> {
                 Query::OptionalText,
                 "An ed25519 public key in hex, whose signature the pack must have.",
             )
-            .takes_raw(Body::Raw(PACK))
+            .takes_raw(Body::Raw(BYTES))
             .answers::<UnpackReport>(OK)
             .answers::<UnpackReport>(CREATED),
         {

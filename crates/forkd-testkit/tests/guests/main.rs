@@ -3,6 +3,7 @@
 //! They share a host and its daemon. What a test counts or removes must therefore be its own: its sandboxes,
 //! snapshots of its own names, or a whole daemon (`forkd_testkit::Daemon`).
 
+mod attack;
 mod boot;
 mod branching;
 mod checkpoints;

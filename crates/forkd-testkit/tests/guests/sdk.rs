@@ -12,6 +12,9 @@ use crate::client_programs::{
     GuestAddress, copy_sources, environment, environment_of_forkd, expect, install, installed, python, run, workspace,
 };
 
+/// Begins the block of the project's README that this file runs.
+const MARKER: &str = "<!-- commands: run by crates/forkd-testkit/tests/guests/sdk.rs -->";
+
 /// The snapshot that the READMEs speak of, made like the tests' own.
 const QUICKSTART: &str = "quickstart";
 
@@ -122,5 +125,31 @@ fn the_typescript_sdk_passes_its_tests_and_its_readme_does_what_it_says() -> Res
         let said = run(command.current_dir(&sources).envs(variables))?;
         expect(&said, "# fail 0")?;
         expect(&said, "# skipped 0")
+    })
+}
+
+#[test]
+fn the_readme_leads_from_nothing_to_an_evaluation_in_both_languages() -> Result<()> {
+    // As a clone has it, but what is installed there must not stay in the workspace.
+    let clone = tempfile::tempdir()?;
+    copy_sources(&workspace().join("sdk/python"), &clone.path().join("sdk/python"))?;
+    copy_sources(&workspace().join("sdk/typescript"), &clone.path().join("sdk/typescript"))?;
+    let readme = std::fs::read_to_string(workspace().join("README.md"))?;
+    let block = readme.split_once(MARKER).context("the marker is in the README")?.1;
+    let commands =
+        block.split_once("```sh\n").and_then(|(_, rest)| rest.split_once("```")).context("a block follows")?.0;
+    on_real_guests(|host| {
+        prepared(host, "none")?;
+        // Sandboxes of other tests are not the README's to kill.
+        let commands = commands.replace("$PWD/target/forkd", &host.programs().to_string_lossy());
+        let commands = commands.replace("forkd kill --all\n", "");
+        let mut shell = Command::new("bash");
+        shell.args(["-c", &format!("set -eu\n{commands}")]).current_dir(clone.path()).envs(host.environment());
+        for name in ["FORKD_URL", "FORKD_TOKEN"] {
+            shell.env_remove(name);
+        }
+        let said = run(&mut shell)?;
+        ensure!(said.matches("0.0\n").count() == 2, "{said}");
+        Ok(())
     })
 }

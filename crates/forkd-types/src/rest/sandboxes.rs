@@ -19,6 +19,7 @@ pub struct SpawnRequest {
     pub snapshot_tag: String,
     /// How many children, 1 to [`SPAWN_LIMIT`].
     #[serde(default = "one")]
+    #[cfg_attr(feature = "openapi", schema(minimum = 1, maximum = 1000))]
     pub n: u32,
     /// Give each child its own network namespace.
     #[serde(default)]
@@ -40,6 +41,7 @@ pub struct SpawnRequest {
     pub auto_checkpoint: Option<AutoCheckpoint>,
     /// End each child by itself after this long, 1 to [`LIFETIME_LIMIT_SECS`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(minimum = 1, maximum = 31_536_000))]
     pub timeout_secs: Option<u64>,
     /// How a child ends after `timeout_secs`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -77,6 +79,7 @@ pub enum OnTimeout {
 pub struct TimeoutRequest {
     /// The sandbox ends this long after now, whatever was said before; null lets it live until it is ended.
     #[serde(deserialize_with = "said")]
+    #[cfg_attr(feature = "openapi", schema(minimum = 1, maximum = 31_536_000))]
     pub timeout_secs: Option<u64>,
     /// How it ends then; as said before when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -110,12 +113,14 @@ impl SpawnRequest {
 pub struct ForkRequest {
     /// How many copies, 1 to [`SPAWN_LIMIT`].
     #[serde(default = "one")]
+    #[cfg_attr(feature = "openapi", schema(minimum = 1, maximum = 1000))]
     pub n: u32,
     /// Memory limit of each copy's monitor.
     #[serde(default)]
     pub memory_limit_mib: Option<u64>,
     /// End each copy by itself after this long; a copy does not inherit the lifetime of its source.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(minimum = 1, maximum = 31_536_000))]
     pub timeout_secs: Option<u64>,
     /// How a copy ends after `timeout_secs`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
