@@ -159,6 +159,15 @@ async fn what_is_not_there_is_never_a_failure_of_the_daemon() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_branch_that_makes_no_sense_is_refused_before_anyone_looks_for_its_sandbox() {
+    let api = fixture().await;
+    for body in [json!({ "diff": true, "measure_diff": true }), json!({ "wait": false }), json!({ "tag": "../up" })] {
+        let answer = api.post("/v1/sandboxes/sb-1-0000/branch", body.clone()).await;
+        assert_eq!(answer.status, 400, "{body}: {}", answer.text);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_there_is_is_told_at_once_when_there_is_nothing() {
     let api = fixture().await;
     assert_eq!(api.call("GET", "/v1/tree").await.text, r#"{"roots":[]}"#);

@@ -43,8 +43,8 @@ pub(crate) struct Order {
     tag: Tag,
     wait: bool,
     measure: bool,
-    /// Keep it as a layer over the sandbox's snapshot.
-    layered: bool,
+    /// Keep it as a layer over this snapshot, which must be the sandbox's.
+    parent: Option<String>,
     sync: bool,
     replace: bool,
 }
@@ -52,11 +52,11 @@ pub(crate) struct Order {
 impl Order {
     /// One that waits and takes the place of an earlier snapshot of `tag`.
     pub(crate) fn replacing(tag: Tag) -> Self {
-        Self { tag, wait: true, measure: false, layered: false, sync: false, replace: true }
+        Self { tag, wait: true, measure: false, parent: None, sync: false, replace: true }
     }
 
     /// Checks what can be checked without the sandbox, in the order that clients know.
-    fn check(request: &BranchRequest) -> NodeResult<Self> {
+    pub(crate) fn check(request: &BranchRequest) -> NodeResult<Self> {
         let tag = match &request.tag {
             Some(tag) => tag.parse()?,
             None => generated_tag(),
@@ -78,8 +78,8 @@ impl Order {
             return wrong("parent_tag", "given".to_owned(), "it needs mode diff");
         }
         let measure = diff || request.measure_diff;
-        let (layered, sync, replace) = (request.parent_tag.is_some(), request.sync, request.replace);
-        Ok(Self { tag, wait: request.wait, measure, layered, sync, replace })
+        let (parent, sync, replace) = (request.parent_tag.clone(), request.sync, request.replace);
+        Ok(Self { tag, wait: request.wait, measure, parent, sync, replace })
     }
 }
 
@@ -120,13 +120,12 @@ struct Staged {
 }
 
 impl Brancher {
-    /// Takes a snapshot of `sandbox` as `request` asks. With `wait: false` the answer comes when the
+    /// Takes a snapshot of `sandbox`. With `wait: false` the answer comes when the
     /// sandbox runs again, and the snapshot is `writing`.
     ///
     /// # Errors
     /// The sandbox runs on after each of them, and nothing is left of the snapshot.
-    pub(crate) async fn branch(&self, sandbox: &Arc<Sandbox>, request: &BranchRequest) -> NodeResult<SnapshotInfo> {
-        let order = Order::check(request)?;
+    pub(crate) async fn branch(&self, sandbox: &Arc<Sandbox>, order: Order) -> NodeResult<SnapshotInfo> {
         let slot = self.slots.take()?;
         let claim = self.claims.claim(&order.tag)?;
         let (store, own, replace) = (self.host.store.clone(), order.tag.clone(), order.replace);
@@ -136,7 +135,7 @@ impl Brancher {
             Err(_) => Ok(()),
         })
         .await??;
-        if let Some(parent) = &request.parent_tag
+        if let Some(parent) = &order.parent
             && *parent != sandbox.origin.snapshot_tag.as_str()
         {
             let rule = "it must be the snapshot that the sandbox was forked from";
@@ -176,7 +175,7 @@ impl Brancher {
         let _turn = sandbox.turn.lock().await;
         let running = sandbox.running()?;
         let Staged { staged, chain, over } = self.stage(sandbox, &order).await?;
-        let contents = if order.layered { Contents::Changes } else { contents_over(&chain) };
+        let contents = if order.parent.is_some() { Contents::Changes } else { contents_over(&chain) };
         if order.sync {
             let failed = |source| NodeError::Guest { what: "sync", id: sandbox.id.clone(), source };
             sandbox.idle_guest()?.sync(SYNC_LIMIT).await.map_err(failed)?;
@@ -193,7 +192,7 @@ impl Brancher {
     async fn stage(&self, sandbox: &Sandbox, order: &Order) -> NodeResult<Staged> {
         let (store, tag, origin) = (self.host.store.clone(), order.tag.clone(), sandbox.origin.snapshot());
         // Other than the origin after a rewind to a checkpoint on disk.
-        let (base, layered) = (sandbox.base(), order.layered);
+        let (base, layered) = (sandbox.base(), order.parent.is_some());
         let staging = blocking("staging a snapshot", move || {
             let staged = store.stage(&tag)?;
             let find = |base: Option<&Base>| base.map(|base| chain_of(&store, base)).transpose().map(Option::flatten);
@@ -263,7 +262,7 @@ mod tests {
     fn an_empty_request_is_a_full_branch_with_a_generated_tag_that_waits() {
         let one = check(serde_json::json!({})).expect("fine");
         let other = check(serde_json::json!({})).expect("fine");
-        assert!(one.wait && !one.layered && !one.measure && one.tag != other.tag);
+        assert!(one.wait && one.parent.is_none() && !one.measure && one.tag != other.tag);
     }
 
     #[test]
@@ -283,6 +282,8 @@ mod tests {
             assert_eq!(found, field, "{body}");
         }
         assert!(check(serde_json::json!({"live": true, "wait": false})).is_ok());
-        assert!(check(serde_json::json!({"mode": "diff", "parent_tag": "py"})).is_ok_and(|order| order.layered));
+        assert!(
+            check(serde_json::json!({"mode": "diff", "parent_tag": "py"})).is_ok_and(|order| order.parent.is_some())
+        );
     }
 }

@@ -22,7 +22,7 @@ use tokio::task::JoinHandle;
 
 use crate::activity::InUse;
 use crate::bake::Bake;
-use crate::branch::Brancher;
+use crate::branch::{Brancher, Order};
 use crate::branch_slots::BranchSlots;
 use crate::cgroup::Cgroups;
 use crate::checkpoints::Checkpoints;
@@ -224,8 +224,9 @@ impl Node {
 
     /// Takes a snapshot of a running sandbox. The sandbox runs on, whatever comes.
     pub async fn branch(&self, id: &SandboxId, request: &BranchRequest) -> NodeResult<SnapshotInfo> {
+        let order = Order::check(request)?;
         let sandbox = self.roster.get(id)?;
-        self.brancher.branch(&sandbox, request).await
+        self.brancher.branch(&sandbox, order).await
     }
 
     /// Writes a snapshot anew as one that depends on no other.
