@@ -18,7 +18,7 @@ demo:
 
 test:
 	@scripts/install-dependencies run test
-	@scripts/side-by-side "build vm" "check unit fuzz"
+	@$(MAKE) --no-print-directory check build unit vm fuzz
 
 # One folder with the four programs side by side, the way they are installed.
 build:
@@ -39,7 +39,7 @@ unit:
 # Tests on real virtual machines, with the programs of `make build`; inside `forkd machine` where
 # this host's KVM cannot run Linux.
 vm:
-	RUST_BACKTRACE=0 FORKD_BIN_DIR=$(CURDIR)/$(BIN) cargo test --locked --package forkd-testkit -- --test-threads=3
+	RUST_BACKTRACE=0 FORKD_BIN_DIR=$(CURDIR)/$(BIN) cargo test --locked --package forkd-testkit -- --test-threads=2
 
 fuzz:
 	@scripts/fuzz 15

@@ -1,6 +1,9 @@
 //! Published clients of the API, written elsewhere and installed from the package index as they are, drive the daemon.
 //!
-//! Their programs lie in `client_scripts/`. What they expect is what their own code says; nothing of it is edited here.
+//! Their programs lie in `clients/`. What they expect is what their own code says; nothing of it is edited here.
+
+#[allow(dead_code)]
+mod client_programs;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -10,7 +13,7 @@ use anyhow::{Context, Result};
 use forkd_testkit::{Host, on_real_guests};
 use serde::Deserialize;
 
-use crate::client_programs::{GuestAddress, environment, environment_of_forkd, expect, python, run};
+use client_programs::{GuestAddress, environment, environment_of_forkd, expect, python, run};
 
 /// The client library.
 const LIBRARY: &str = "forkd==0.5.3";
@@ -18,7 +21,7 @@ const LIBRARY: &str = "forkd==0.5.3";
 const MCP_SERVER: &str = "forkd-mcp==0.2.1";
 
 fn program(name: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/guests/client_scripts").join(name)
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/clients").join(name)
 }
 
 /// Where the kernel is put on the daemon's host.

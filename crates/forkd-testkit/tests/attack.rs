@@ -3,6 +3,9 @@
 //!
 //! The daemon is one of this host, without any snapshot: what reaches guests is tried on real agents elsewhere.
 
+#[allow(dead_code)]
+mod client_programs;
+
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -11,7 +14,7 @@ use anyhow::{Context, Result, bail, ensure};
 use forkd_testkit::Host;
 use serde::Deserialize;
 
-use crate::client_programs::{python, run};
+use client_programs::{python, run};
 
 /// Makes requests from an OpenAPI document.
 const SCHEMATHESIS: &str = "schemathesis==4.32.5";

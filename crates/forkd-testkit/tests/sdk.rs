@@ -1,5 +1,8 @@
 //! The SDKs against the daemon: their own tests, and the examples of their READMEs, run literally.
 
+#[allow(dead_code)]
+mod client_programs;
+
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -8,12 +11,12 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use anyhow::{Context, Result, ensure};
 use forkd_testkit::{Host, on_real_guests};
 
-use crate::client_programs::{
+use client_programs::{
     GuestAddress, copy_sources, environment, environment_of_forkd, expect, install, installed, python, run, workspace,
 };
 
 /// Begins the block of the project's README that this file runs.
-const MARKER: &str = "<!-- commands: run by crates/forkd-testkit/tests/guests/sdk.rs -->";
+const MARKER: &str = "<!-- commands: run by crates/forkd-testkit/tests/sdk.rs -->";
 
 /// The snapshot that the READMEs speak of, made like the tests' own.
 const QUICKSTART: &str = "quickstart";
