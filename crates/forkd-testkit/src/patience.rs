@@ -22,7 +22,7 @@ const PATIENCE: Duration = Duration::from_secs(300);
 /// How often a test that lost its guest is begun.
 const ATTEMPTS: u32 = 4;
 /// What a test says when its guest or the machine around it was lost.
-const LOST: [&str; 13] = [
+const LOST: [&str; 22] = [
     "was taken for hung",
     "no answer within",
     "closed the connection",
@@ -36,6 +36,16 @@ const LOST: [&str; 13] = [
     "is not running",
     "time limit",
     "the machine",
+    "did not leave the guest",
+    // The same, as clients in Python and JavaScript say it.
+    "Remote end closed connection",
+    "Connection refused",
+    "Connection reset by peer",
+    "Server disconnected",
+    "All connection attempts failed",
+    "ECONNREFUSED",
+    "ECONNRESET",
+    "fetch failed",
 ];
 
 /// Runs a test on real guests; see the module for when it is begun again.
@@ -49,6 +59,8 @@ pub fn on_real_guests(test: impl Fn(&Host) -> Result<()>) -> Result<()> {
             return Err(error);
         }
         say(&format!("RETRIED: a guest was lost in the translated machine (attempt {attempt}): {text}"));
+        // A machine that died is started again by whatever asks for the daemon, which not every test does first.
+        let _ = host.forkd(&["ls"])?;
     }
     unreachable!("the loop ends by returning")
 }
