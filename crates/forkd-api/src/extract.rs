@@ -9,8 +9,11 @@ use serde::de::DeserializeOwned;
 
 use crate::error::ApiError;
 
-/// How long a JSON body, which has a few megabytes at most, may take to arrive.
-const BODY_TIME: Duration = Duration::from_secs(30);
+/// The largest JSON body.
+pub(crate) const BODY_LIMIT: usize = 2 << 20;
+
+/// How long a JSON body may take to arrive.
+pub(crate) const BODY_TIME: Duration = Duration::from_secs(30);
 
 /// A JSON body. Needs a JSON content type.
 pub(crate) struct Json<T>(pub(crate) T);

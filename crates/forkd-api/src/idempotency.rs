@@ -13,7 +13,6 @@
 
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
 use axum::body::{Body, Bytes, to_bytes};
 use axum::extract::{MatchedPath, Request, State};
@@ -24,6 +23,7 @@ use forkd_node::{Node, RememberedAnswer};
 
 use crate::auth::Principal;
 use crate::error::{ApiError, ApiResult};
+use crate::extract::{BODY_LIMIT, BODY_TIME};
 
 /// The header that carries the key.
 const KEY: HeaderName = HeaderName::from_static("idempotency-key");
@@ -34,14 +34,8 @@ const REPLAYED: HeaderName = HeaderName::from_static("idempotency-replayed");
 /// The longest key, in bytes.
 const LONGEST_KEY: usize = 255;
 
-/// The largest body of a request with a key; bodies are JSON of a few fields.
-const REQUEST_LIMIT: usize = 2 << 20;
-
 /// The largest answer that is kept; a report on a thousand children has about one MiB.
 const ANSWER_LIMIT: usize = 16 << 20;
-
-/// How long the body may take to arrive.
-const BODY_TIME: Duration = Duration::from_secs(30);
 
 /// Routes that make something.
 const MAKING: [&str; 10] = [
@@ -116,7 +110,7 @@ fn key_of(request: &Request) -> ApiResult<Option<String>> {
 
 async fn answer(answers: Answers, key: String, request: Request, next: Next) -> ApiResult<Response> {
     let (parts, body) = request.into_parts();
-    let reading = tokio::time::timeout(BODY_TIME, to_bytes(body, REQUEST_LIMIT));
+    let reading = tokio::time::timeout(BODY_TIME, to_bytes(body, BODY_LIMIT));
     let body = match reading.await {
         Ok(Ok(body)) => body,
         Ok(Err(error)) => return Err(ApiError::unreadable_body(&error)),

@@ -51,9 +51,6 @@ impl Api {
     }
 }
 
-/// The largest JSON body.
-const BODY_LIMIT: usize = 2 << 20;
-
 /// All routes. Requests must pass `guard`, if there is one, and are written to `audit`, if there is one.
 pub fn router(api: Api, guard: Option<Guard>, audit: Option<AuditLog>) -> Router {
     let answers = Answers::of(api.node.clone());
@@ -111,7 +108,7 @@ pub fn router(api: Api, guard: Option<Guard>, audit: Option<AuditLog>) -> Router
         .route("/v1/snapshots/{tag}/verify", post(snapshots::verify))
         .route("/v1/snapshots/{tag}/pack", get(packs::pack))
         .route("/v1/bakes", post(bakes::bake))
-        .layer(DefaultBodyLimit::max(BODY_LIMIT))
+        .layer(DefaultBodyLimit::max(extract::BODY_LIMIT))
         .merge(uploads)
         .fallback(unknown_path)
         .method_not_allowed_fallback(wrong_method)

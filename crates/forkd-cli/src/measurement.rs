@@ -111,21 +111,26 @@ pub(crate) async fn evaluate(
     let numbered: Vec<_> = (0u32..).zip(ids).collect();
     counted(&numbered, ids.len(), title, progress, |&(number, id)| async move {
         tokio::time::sleep(apart * number).await;
-        let (code, language) = (code.to_owned(), Some("python".to_owned()));
-        let request = EvalRequest { code, language, timeout_secs: limit.as_secs().max(1) };
-        let began = Instant::now();
-        let outcome = tokio::time::timeout(limit + WAY_THERE, client.eval(id, &request)).await;
-        let us = began.elapsed().as_micros() as u64;
-        let failed = |error| Evaluation { result: String::new(), stdout: String::new(), us, error: Some(error) };
-        match outcome {
-            Ok(Ok(answer)) => {
-                Evaluation { result: answer.result.unwrap_or_default(), stdout: answer.stdout, us, error: answer.error }
-            }
-            Ok(Err(error)) => failed(error.to_string()),
-            Err(_) => failed(format!("no answer within {} s", (limit + WAY_THERE).as_secs())),
-        }
+        evaluate_one(client, id, code, limit).await
     })
     .await
+}
+
+/// Runs `code` in one child.
+pub(crate) async fn evaluate_one(client: &Client, id: &SandboxId, code: &str, limit: Duration) -> Evaluation {
+    let (code, language) = (code.to_owned(), Some("python".to_owned()));
+    let request = EvalRequest { code, language, timeout_secs: limit.as_secs().max(1) };
+    let began = Instant::now();
+    let outcome = tokio::time::timeout(limit + WAY_THERE, client.eval(id, &request)).await;
+    let us = began.elapsed().as_micros() as u64;
+    let failed = |error| Evaluation { result: String::new(), stdout: String::new(), us, error: Some(error) };
+    match outcome {
+        Ok(Ok(answer)) => {
+            Evaluation { result: answer.result.unwrap_or_default(), stdout: answer.stdout, us, error: answer.error }
+        }
+        Ok(Err(error)) => failed(error.to_string()),
+        Err(_) => failed(format!("no answer within {} s", (limit + WAY_THERE).as_secs())),
+    }
 }
 
 /// What every child costs now; none for a child that cannot be asked.

@@ -128,13 +128,7 @@ impl Brancher {
     pub(crate) async fn branch(&self, sandbox: &Arc<Sandbox>, order: Order) -> NodeResult<SnapshotInfo> {
         let slot = self.slots.take()?;
         let claim = self.claims.claim(&order.tag)?;
-        let (store, own, replace) = (self.host.store.clone(), order.tag.clone(), order.replace);
-        blocking("looking for a snapshot", move || match store.get(&own) {
-            Ok(_) if !replace => Err(StoreError::AlreadyExists { tag: own }),
-            Ok(_) => store.refuse_children(&own),
-            Err(_) => Ok(()),
-        })
-        .await??;
+        self.check_place(&order.tag, order.replace).await?;
         if let Some(parent) = &order.parent
             && *parent != sandbox.origin.snapshot_tag.as_str()
         {
@@ -167,6 +161,17 @@ impl Brancher {
             drop(slot);
         });
         Ok(answer)
+    }
+
+    /// Fails unless a snapshot may be published as `tag`: there is none, or it may be replaced and no other builds on it.
+    pub(crate) async fn check_place(&self, tag: &Tag, replace: bool) -> NodeResult<()> {
+        let (store, tag) = (self.host.store.clone(), tag.clone());
+        let looking = blocking("looking for a snapshot", move || match store.get(&tag) {
+            Ok(_) if !replace => Err(StoreError::AlreadyExists { tag }),
+            Ok(_) => store.refuse_children(&tag),
+            Err(_) => Ok(()),
+        });
+        Ok(looking.await??)
     }
 
     /// Forks the writer; the sandbox runs again when this returns.

@@ -16,7 +16,6 @@ use forkd_types::rest::SnapshotInfo;
 
 use crate::branch::{Brancher, Order};
 use crate::error::{NodeError, NodeResult};
-use crate::host::blocking;
 use crate::lifecycle::Step;
 use crate::process::ProcessKey;
 use crate::sandbox::{Running, Sandbox};
@@ -79,12 +78,7 @@ impl Brancher {
         sandbox.running()?;
         let _slot = self.slots.take()?;
         let _claim = self.claims.claim(tag)?;
-        let (store, own) = (self.host.store.clone(), tag.clone());
-        blocking("looking for a snapshot", move || match store.get(&own) {
-            Ok(_) => store.refuse_children(&own),
-            Err(_) => Ok(()),
-        })
-        .await??;
+        self.check_place(tag, true).await?;
         self.claims.forget_failure(tag);
         let begun = self.begin(sandbox, Order::replacing(tag.clone())).await?;
         let still = Still::hold(sandbox)?;

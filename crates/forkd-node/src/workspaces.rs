@@ -162,16 +162,17 @@ impl Workspaces {
 
     /// The workspace whose sandbox this is.
     pub(crate) fn of_sandbox(&self, id: &SandboxId) -> Option<String> {
-        let all: Vec<_> = self.lock().values().cloned().collect();
-        let mine = |record: &WorkspaceRecord| record.sandbox.as_ref() == Some(id);
-        all.iter().find_map(|workspace| workspace.record().filter(mine).map(|record| record.name))
+        self.whose(|record| record.sandbox.as_ref() == Some(id))
     }
 
     /// The workspace whose state this snapshot is.
     pub(crate) fn of_state(&self, tag: &Tag) -> Option<String> {
+        self.whose(|record| record.state.as_ref() == Some(tag))
+    }
+
+    fn whose(&self, mine: impl Fn(&WorkspaceRecord) -> bool) -> Option<String> {
         let all: Vec<_> = self.lock().values().cloned().collect();
-        let mine = |record: &WorkspaceRecord| record.state.as_ref() == Some(tag);
-        all.iter().find_map(|workspace| workspace.record().filter(mine).map(|record| record.name))
+        all.iter().filter_map(|workspace| workspace.record()).find(mine).map(|record| record.name)
     }
 
     /// Makes a workspace of a snapshot, which runs.
@@ -203,11 +204,8 @@ impl Workspaces {
         source: Tag,
     ) -> NodeResult<WorkspaceInfo> {
         let _turn = workspace.turn.lock().await;
-        let (store, own) = (self.host.store.clone(), workspace.state_tag.clone());
-        if blocking("looking for a snapshot", move || store.get(&own).is_ok()).await? {
-            // The first suspend would replace a snapshot that is somebody else's.
-            return Err(StoreError::AlreadyExists { tag: workspace.state_tag.clone() }.into());
-        }
+        // The first suspend would replace a snapshot that is somebody else's.
+        self.brancher.check_place(&workspace.state_tag, false).await?;
         let CreateWorkspaceRequest { per_child_netns, memory_limit_mib, hugepages, .. } = request;
         let shape = Shape { per_child_netns, memory_limit_mib, hugepages };
         let sandbox = self.spawn(&source, shape).await?;

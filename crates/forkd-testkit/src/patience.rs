@@ -22,7 +22,7 @@ const PATIENCE: Duration = Duration::from_secs(300);
 /// How often a test that lost its guest is begun.
 const ATTEMPTS: u32 = 4;
 /// What a test says when its guest or the machine around it was lost.
-const LOST: [&str; 22] = [
+const LOST: [&str; 23] = [
     "was taken for hung",
     "no answer within",
     "closed the connection",
@@ -32,6 +32,7 @@ const LOST: [&str; 22] = [
     "did not answer",
     "did not accept",
     "children came up",
+    "were lost",
     "asked for a reboot",
     "is not running",
     "time limit",

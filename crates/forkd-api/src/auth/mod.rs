@@ -134,10 +134,7 @@ pub(crate) async fn require(State(guard): State<Guard>, mut request: Request, ne
     }
     let principal = match guard.identify(&request) {
         Ok(principal) => principal,
-        Err(refusal) => {
-            metrics::counter!("forkd_requests_refused_total", "reason" => refusal.code()).increment(1);
-            return refusal.into_response();
-        }
+        Err(refusal) => return refuse(refusal),
     };
     let route = request.extensions().get::<MatchedPath>().map(MatchedPath::as_str);
     let needed = if to_guest { Scope::Spawn } else { scope::needed(request.method(), route) };
@@ -151,13 +148,16 @@ pub(crate) async fn require(State(guard): State<Guard>, mut request: Request, ne
             request.extensions_mut().insert(principal.clone());
             hold(next.run(request).await, permit)
         }
-        Err(refusal) => {
-            metrics::counter!("forkd_requests_refused_total", "reason" => refusal.code()).increment(1);
-            refusal.into_response()
-        }
+        Err(refusal) => refuse(refusal),
     };
     response.extensions_mut().insert(principal);
     response
+}
+
+/// The answer to a request that is not let in.
+fn refuse(refusal: ApiError) -> Response {
+    metrics::counter!("forkd_requests_refused_total", "reason" => refusal.code()).increment(1);
+    refusal.into_response()
 }
 
 fn presented(headers: &HeaderMap) -> Option<&str> {

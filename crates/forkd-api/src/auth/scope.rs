@@ -103,7 +103,6 @@ const TABLE: &[(&str, &str, Scope)] = &[
     ("POST", "/v1/sandboxes/{id}/rewind", Scope::Spawn),
     ("POST", "/v1/snapshots/{tag}/compact", Scope::Spawn),
     ("POST", "/v1/snapshots/{tag}/verify", Scope::Spawn),
-    // Of files on this host.
     ("DELETE", "/v1/snapshots/{tag}", Scope::Admin),
     ("POST", "/v1/bakes", Scope::Admin),
     ("POST", "/v1/packs", Scope::Admin),

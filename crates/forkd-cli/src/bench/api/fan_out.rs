@@ -4,18 +4,16 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use forkd_types::Tag;
-use forkd_types::rest::{EvalRequest, SpawnRequest};
+use forkd_types::rest::SpawnRequest;
 use futures_util::StreamExt;
 use serde::Serialize;
 
 use crate::children::Children;
-use crate::client::{Client, ClientError};
+use crate::client::Client;
 use crate::interrupt::Interrupts;
+use crate::measurement::{CHILD_LIMIT, evaluate_one};
 use crate::progress::Progress;
 use crate::statistics::{Summary, summarise};
-
-/// What a child may take over its evaluation.
-const EVAL_LIMIT: Duration = Duration::from_secs(120);
 
 /// How long a child that nobody killed lives.
 const LIFETIME: Duration = Duration::from_secs(1800);
@@ -126,10 +124,7 @@ async fn evaluated(
     code: &str,
     began: Instant,
 ) -> Result<Duration, String> {
-    let request =
-        EvalRequest { code: code.to_owned(), language: Some("python".to_owned()), timeout_secs: EVAL_LIMIT.as_secs() };
-    let answer = client.eval(id, &request).await.map_err(|error: ClientError| format!("{id}: {error}"))?;
-    match answer.error {
+    match evaluate_one(client, id, code, CHILD_LIMIT).await.error {
         None => Ok(began.elapsed()),
         Some(error) => Err(format!("{id}: {error}")),
     }
