@@ -8,8 +8,9 @@ SHELL := /bin/bash
 TARGET := x86_64-unknown-linux-gnu
 BIN := target/forkd
 PROGRAMS := forkd forkd-controller forkd-vmm
+UNIT := --workspace --locked --exclude forkd-testkit
 
-.PHONY: demo test build programs check unit vm fuzz clean
+.PHONY: demo test build check unit unit-programs vm fuzz fuzz-programs clean
 
 demo:
 	@scripts/install-dependencies run
@@ -18,7 +19,8 @@ demo:
 
 test:
 	@scripts/install-dependencies run test
-	@$(MAKE) --no-print-directory check build unit vm fuzz
+	@$(MAKE) --no-print-directory --jobs=2 check build unit-programs fuzz-programs
+	@$(MAKE) --no-print-directory unit vm fuzz
 
 # One folder with the four programs side by side, the way they are installed.
 build:
@@ -34,7 +36,10 @@ check:
 	cargo deny --offline check bans licenses sources
 
 unit:
-	cargo test --workspace --locked --exclude forkd-testkit
+	cargo xtask test $(UNIT)
+
+unit-programs:
+	cargo test --no-run $(UNIT)
 
 # Tests on real virtual machines, with the programs of `make build`; inside `forkd machine` where
 # this host's KVM cannot run Linux.
@@ -43,6 +48,9 @@ vm:
 
 fuzz:
 	@scripts/fuzz 15
+
+fuzz-programs:
+	@scripts/fuzz build
 
 clean:
 	cargo clean

@@ -9,15 +9,17 @@ use anyhow::{Context, Result, bail};
 use cargo_metadata::{DependencyKind, MetadataCommand};
 
 /// All crates, ground first.
-const ORDER: [&str; 17] = [
+const ORDER: [&str; 19] = [
     "forkd-types",
     "forkd-proto",
     "forkd-kvm",
     "forkd-memory",
     "forkd-store",
+    "forkd-jail",
     "forkd-devices",
     "forkd-vmm",
     "forkd-image",
+    "forkd-net",
     "forkd-node",
     "forkd-api",
     "forkd-agent",
@@ -30,12 +32,13 @@ const ORDER: [&str; 17] = [
 ];
 
 /// Imports that the order would allow and that are wrong all the same, own crates and others.
-const FORBIDDEN: [(&str, &[&str]); 11] = [
+const FORBIDDEN: [(&str, &[&str]); 12] = [
     ("forkd-types", &["tokio", "rustix", "libc"]),
     ("forkd-proto", &["tokio"]),
     ("forkd-kvm", &["forkd-memory", "forkd-proto", "tokio"]),
     ("forkd-memory", &["forkd-kvm", "forkd-proto", "kvm-ioctls", "kvm-bindings", "tokio"]),
     ("forkd-store", &["forkd-kvm", "kvm-ioctls", "kvm-bindings", "axum", "hyper"]),
+    ("forkd-jail", &["forkd-kvm", "forkd-memory", "forkd-store", "tokio"]),
     ("forkd-devices", &["forkd-kvm", "kvm-ioctls", "kvm-bindings", "forkd-store", "tokio"]),
     ("forkd-vmm", &["tokio", "axum", "hyper", "forkd-store"]),
     ("forkd-node", &["axum", "hyper", "forkd-vmm", "forkd-kvm", "forkd-devices"]),

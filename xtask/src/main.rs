@@ -1,13 +1,17 @@
-//! Project chores. `cargo xtask layers` checks that no crate imports one that is not below it.
+//! Project chores. `cargo xtask layers` checks that no crate imports one that is not below it; `cargo xtask test`
+//! runs test programs side by side.
 
 mod layers;
+mod tests;
 
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    let outcome = match std::env::args().nth(1).as_deref() {
-        Some("layers") => layers::check(),
-        _ => Err(anyhow::anyhow!("usage: cargo xtask layers")),
+    let arguments: Vec<_> = std::env::args().skip(1).collect();
+    let outcome = match arguments.split_first() {
+        Some((chore, [])) if chore == "layers" => layers::check(),
+        Some((chore, selection)) if chore == "test" => tests::run(selection),
+        _ => Err(anyhow::anyhow!("usage: cargo xtask layers | test [SELECTION OF cargo test…]")),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,6 +1,7 @@
 //! What the tools need of a daemon: requests to its REST API.
 
 use std::future::Future;
+use std::pin::Pin;
 
 use http::Method;
 use percent_encoding::{AsciiSet, CONTROLS, NON_ALPHANUMERIC, utf8_percent_encode};
@@ -16,8 +17,11 @@ const SEGMENT: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'
 pub trait Daemon: Send + Sync + 'static {
     /// Sends a request and returns the body of a successful answer. Any other answer is an error whose text is the
     /// daemon's.
-    fn call(&self, request: Request) -> impl Future<Output = Result<Vec<u8>, CallError>> + Send;
+    fn call(&self, request: Request) -> Calling<'_>;
 }
+
+/// A request under way.
+pub type Calling<'a> = Pin<Box<dyn Future<Output = Result<Vec<u8>, CallError>> + Send + 'a>>;
 
 /// A request to the daemon's REST API.
 #[derive(Clone, PartialEq, Debug)]

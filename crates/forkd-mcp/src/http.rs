@@ -4,6 +4,7 @@
 //! clients that ask for it by a loopback name, so that no web page can reach it through a name of its own.
 
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::Arc;
 
 use axum::Router;
@@ -76,7 +77,17 @@ impl HttpServer {
     }
 
     /// Serves until `stop` is cancelled.
-    pub async fn serve<D: Daemon>(self, daemon: Arc<D>, stop: CancellationToken) -> Result<(), HttpError> {
+    ///
+    /// Boxed, so that it is compiled here and not again with every program that serves.
+    pub fn serve(
+        self,
+        daemon: Arc<dyn Daemon>,
+        stop: CancellationToken,
+    ) -> Pin<Box<dyn Future<Output = Result<(), HttpError>> + Send>> {
+        Box::pin(self.serve_until(daemon, stop))
+    }
+
+    async fn serve_until(self, daemon: Arc<dyn Daemon>, stop: CancellationToken) -> Result<(), HttpError> {
         let mut config = StreamableHttpServerConfig::default();
         config.cancellation_token = stop.clone();
         if self.token.is_some() {

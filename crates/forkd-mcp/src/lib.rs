@@ -14,5 +14,5 @@ mod server;
 pub mod stdio;
 mod tools;
 
-pub use daemon::{Body, CallError, Daemon, Request};
+pub use daemon::{Body, CallError, Calling, Daemon, Request};
 pub use server::Server;

@@ -21,14 +21,15 @@ To try several ways from the same point, fork_sandbox gives running copies; bran
 kill_sandbox what is no longer needed.";
 
 /// The tools. It keeps no state: sandboxes are the daemon's.
-pub struct Server<D> {
-    daemon: Arc<D>,
+#[derive(Clone)]
+pub struct Server {
+    daemon: Arc<dyn Daemon>,
     tools: ToolRouter<Self>,
 }
 
-impl<D: Daemon> Server<D> {
+impl Server {
     /// All tools, over `daemon`.
-    pub fn new(daemon: Arc<D>) -> Self {
+    pub fn new(daemon: Arc<dyn Daemon>) -> Self {
         Self {
             daemon,
             tools: Self::snapshot_tools() + Self::sandbox_tools() + Self::program_tools() + Self::file_tools(),
@@ -46,20 +47,14 @@ impl<D: Daemon> Server<D> {
     }
 }
 
-impl<D> Clone for Server<D> {
-    fn clone(&self) -> Self {
-        Self { daemon: self.daemon.clone(), tools: self.tools.clone() }
-    }
-}
-
-impl<D> fmt::Debug for Server<D> {
+impl fmt::Debug for Server {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Server").finish_non_exhaustive()
     }
 }
 
 #[tool_handler(router = self.tools)]
-impl<D: Daemon> ServerHandler for Server<D> {
+impl ServerHandler for Server {
     fn get_info(&self) -> ServerConfig {
         ServerConfig::new(ServerCapabilities::builder().enable_tools().build())
             .with_server_info(Implementation::new("forkd", env!("CARGO_PKG_VERSION")))

@@ -1,5 +1,6 @@
 //! The server on standard input and output, as clients start it.
 
+use std::pin::Pin;
 use std::sync::Arc;
 
 use rmcp::ServiceExt;
@@ -19,7 +20,13 @@ pub enum StdioError {
 }
 
 /// Serves one client until it closes standard input.
-pub async fn serve<D: Daemon>(daemon: Arc<D>) -> Result<(), StdioError> {
+///
+/// Boxed, so that it is compiled here and not again with every program that serves.
+pub fn serve(daemon: Arc<dyn Daemon>) -> Pin<Box<dyn Future<Output = Result<(), StdioError>> + Send>> {
+    Box::pin(serve_client(daemon))
+}
+
+async fn serve_client(daemon: Arc<dyn Daemon>) -> Result<(), StdioError> {
     let session = match Server::new(daemon).serve(stdio_pipes()).await {
         Ok(session) => session,
         // A client that goes away without a word wanted nothing.

@@ -7,7 +7,7 @@ use axum::Router;
 use axum::http::{Request as HttpRequest, StatusCode, header};
 use forkd_api::{Api, router};
 use forkd_mcp::http::{HttpError, HttpServer};
-use forkd_mcp::{Body, CallError, Daemon, Request, Server};
+use forkd_mcp::{Body, CallError, Calling, Daemon, Request, Server};
 use forkd_node::{Node, NodeConfig};
 use http_body_util::BodyExt;
 use rmcp::model::{CallToolRequestParams, CallToolResult};
@@ -25,7 +25,13 @@ struct InProcess {
 }
 
 impl Daemon for InProcess {
-    async fn call(&self, request: Request) -> Result<Vec<u8>, CallError> {
+    fn call(&self, request: Request) -> Calling<'_> {
+        Box::pin(self.send(request))
+    }
+}
+
+impl InProcess {
+    async fn send(&self, request: Request) -> Result<Vec<u8>, CallError> {
         let built = HttpRequest::builder().method(request.method).uri(&request.path);
         let built = match request.body {
             Body::Empty => built.body(axum::body::Body::empty()),

@@ -12,6 +12,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use serde::de::DeserializeOwned;
 
+use crate::relay::{EXCHANGE, Relays};
 use crate::{Host, Snapshot};
 
 /// Makes its directory and its monitor program. Arguments: its directory, the size of its file system if it is
@@ -28,7 +29,8 @@ cp "$programs/forkd-vmm" "$dir.vmm"
 
 /// Starts the daemon and prints its process id. Arguments: its directory, the programs, more options.
 const START: &str = r#"
-setsid "$2/forkd-controller" serve --no-tcp --kill-on-exit --state-dir "$1" --vmm "$1.vmm" $3 \
+FORKD_NETWORK=off setsid "$2/forkd-controller" serve --no-tcp --kill-on-exit --state-dir "$1" --vmm "$1.vmm" \
+    --cgroup "/sys/fs/cgroup/${1##*/}" $3 \
     </dev/null >>"$1.log" 2>&1 &
 echo $!
 "#;
@@ -38,11 +40,11 @@ const MONITORS: &str = r#"
 for (glob '/proc/[0-9]*') { print "$1\n" if (readlink("$_/exe") // '') eq "$ARGV[0].vmm" && m{(\d+)$} }
 "#;
 
-/// Sends a request and shoots the daemon a while later, or when it has answered. Arguments: seconds, the process id,
-/// and those of [`CALL`], which comes first.
+/// Sends a request and shoots the daemon a while later, or when it has answered. Arguments: [`EXCHANGE`], seconds,
+/// the process id, and what that is to be called with.
 const SHOOT: &str = r#"
-call=$1 seconds=$2 pid=$3; shift 3
-perl -e "$call" "$@" >/dev/null 2>&1 &
+exchange=$1 seconds=$2 pid=$3; shift 3
+perl -e "$exchange" -e 'exchange(@ARGV)' "$@" >/dev/null 2>&1 &
 sleep "$seconds"
 kill -9 "$pid"
 while kill -0 "$pid" 2>/dev/null; do sleep 0.02; done
@@ -57,19 +59,7 @@ for i in $(seq 100); do kill -0 "$2" 2>/dev/null || break; sleep 0.1; done
 kill -9 $(perl -e "$3" "$1") 2>/dev/null
 while grep -q " $1" /proc/mounts; do umount -l "$(grep -o " $1[^ ]*" /proc/mounts | tail -n 1 | tr -d ' ')"; done
 rm -rf "$1" "$1.vmm" "$1.log"
-"#;
-
-/// One exchange. Arguments: socket, method, target, `text` or `file`, and the body or its file.
-const CALL: &str = r#"
-use IO::Socket::UNIX;
-$SIG{PIPE} = 'IGNORE';
-my ($path, $method, $target, $kind, $body) = @ARGV;
-my $socket = IO::Socket::UNIX->new(Peer => $path) or die "cannot connect to $path: $!\n";
-open my $in, '<', $kind eq 'file' ? $body : \$body or die "cannot read $body: $!\n";
-my $length = $kind eq 'file' ? -s $in : length $body;
-print $socket "$method $target HTTP/1.0\r\nHost: forkd\r\nContent-Type: application/json\r\nContent-Length: $length\r\n\r\n";
-while (read $in, my $piece, 65536) { print $socket $piece or last }
-print while <$socket>;
+find "/sys/fs/cgroup/${1##*/}" -depth -type d -exec rmdir {} \; 2>/dev/null
 "#;
 
 /// A daemon that ends when this goes out of scope.
@@ -80,6 +70,7 @@ pub struct Daemon<'a> {
     programs: String,
     options: &'static str,
     pid: Mutex<String>,
+    relays: Relays,
 }
 
 /// What a daemon answered.
@@ -143,7 +134,8 @@ impl<'a> Daemon<'a> {
         let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
         let directory = format!("{parent}/forkd-test-{}-{serial:04}", std::process::id());
         let (store, programs) = (host.store()?, host.programs_of_daemon()?);
-        let daemon = Self { host, directory, programs, options, pid: Mutex::new("0".to_owned()) };
+        let relays = Relays::to(format!("{directory}/forkd.sock"));
+        let daemon = Self { host, directory, programs, options, pid: Mutex::new("0".to_owned()), relays };
         let prepare = ["sh", "-c", PREPARE, "prepare", &daemon.directory, size, &store, &daemon.programs];
         host.on_daemon_host(&prepare)?.success()?;
         daemon.start_again()?;
@@ -162,7 +154,7 @@ impl<'a> Daemon<'a> {
     pub fn shoot(&self, after: Duration, method: &str, target: &str, body: &str) -> Result<()> {
         let (seconds, pid) = (format!("{:.3}", after.as_secs_f64()), self.pid().clone());
         let socket = format!("{}/forkd.sock", self.directory);
-        let shoot = ["sh", "-c", SHOOT, "shoot", CALL, &seconds, &pid, &socket, method, target, "text", body];
+        let shoot = ["sh", "-c", SHOOT, "shoot", EXCHANGE, &seconds, &pid, &socket, method, target, "text", body];
         self.host.on_daemon_host(&shoot)?.success().map(drop)
     }
 
@@ -216,15 +208,7 @@ impl<'a> Daemon<'a> {
 
     /// Sends it a request and waits for the whole answer.
     pub fn call(&self, method: &str, target: &str, body: Body<'_>) -> Result<Answer> {
-        let socket = format!("{}/forkd.sock", self.directory);
-        let (kind, body) = match body {
-            Body::Text(text) => ("text", text),
-            Body::File(path) => ("file", path),
-        };
-        let said = self.host.on_daemon_host(&["perl", "-e", CALL, &socket, method, target, kind, body])?.success()?;
-        let (head, body) = said.split_once("\r\n\r\n").with_context(|| format!("{method} {target}: {said:?}"))?;
-        let status = head.split(' ').nth(1).and_then(|status| status.parse().ok());
-        Ok(Answer { status: status.with_context(|| format!("{method} {target}: {head}"))?, body: body.to_owned() })
+        self.relays.call(self.host, method, target, body)
     }
 
     /// Fails unless it is well: it answers, and nothing half-made lies in its directory.

@@ -107,9 +107,19 @@ impl Host {
             arguments.extend(command);
             return self.forkd(&arguments);
         }
-        let (program, rest) = command.split_first().context("no program given")?;
-        let output = Command::new(program).args(rest).stdin(Stdio::null()).output()?;
+        let output = self.command_on_daemon_host(command)?.stdin(Stdio::null()).output()?;
         Ok(Output::new(command.join(" "), output.status, output.stdout, output.stderr))
+    }
+
+    /// A program to be run on the host of the daemon, which gets the standard input that it is given.
+    pub(crate) fn command_on_daemon_host(&self, command: &[&str]) -> Result<Command> {
+        if self.in_machine()? {
+            return Ok(self.command(&[&["machine", "exec", "-i", "--"], command].concat()));
+        }
+        let (program, arguments) = command.split_first().context("no program given")?;
+        let mut command = Command::new(program);
+        command.args(arguments);
+        Ok(command)
     }
 
     /// Copies the local file `from` to `to` on the daemon's host.
@@ -126,7 +136,7 @@ impl Host {
 
     /// Whether the daemon runs inside `forkd machine`.
     pub fn in_machine(&self) -> Result<bool> {
-        Ok(self.data.join("forkd/machine").is_dir())
+        Ok(self.data.join("forkd/machine/default").is_dir())
     }
 
     /// The snapshot with numpy imported, made on first use.

@@ -21,6 +21,8 @@ mod host;
 mod kernel;
 mod output;
 mod patience;
+mod readme;
+mod relay;
 mod sandbox;
 
 pub use counting::{CountingLoop, Received};
@@ -29,4 +31,5 @@ pub use host::{Host, NUMPY_DISK, Snapshot};
 pub use kernel::InstalledKernel;
 pub use output::{Output, Said};
 pub use patience::{finish, on_real_guests};
+pub use readme::readme_commands;
 pub use sandbox::Sandbox;

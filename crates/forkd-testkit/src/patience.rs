@@ -82,6 +82,26 @@ pub fn finish(mut child: Child, command: &str) -> Result<std::process::ExitStatu
     }
 }
 
+/// Does `work` with `program`, which is killed when that takes too long.
+pub(crate) fn watched<T>(program: &mut Child, work: impl FnOnce() -> Result<T>) -> Result<T> {
+    thread::scope(|scope| {
+        let (done, waiting) = mpsc::channel::<()>();
+        let watch = scope.spawn(move || {
+            let hung = waiting.recv_timeout(PATIENCE) == Err(mpsc::RecvTimeoutError::Timeout);
+            if hung {
+                let _ = program.kill();
+            }
+            hung
+        });
+        let outcome = work();
+        drop(done);
+        if watch.join().is_ok_and(|hung| hung) {
+            bail!("a request was taken for hung after {PATIENCE:?}");
+        }
+        outcome
+    })
+}
+
 /// Collects what a command says until it ends.
 pub(crate) fn output(mut child: Child, command: String) -> Result<Output> {
     let stdout = collect(child.stdout.take());

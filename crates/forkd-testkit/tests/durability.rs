@@ -101,7 +101,7 @@ fn with_sandbox(host: &Host) -> Result<(Daemon<'_>, SandboxInfo)> {
     let numpy = host.numpy()?;
     let daemon = Daemon::start_beside(host, numpy)?;
     let sandbox = spawn(&daemon, &numpy.tag)?;
-    eval(&daemon, &sandbox, "much, mark = numpy.random.bytes(16 << 20), 'kept'")?;
+    eval(&daemon, &sandbox, "much, mark = b'x' * (16 << 20), 'kept'")?;
     Ok((daemon, sandbox))
 }
 
@@ -161,7 +161,7 @@ fn a_disk_that_fills_while_a_snapshot_is_written_fails_that_alone() -> Result<()
         let daemon = Daemon::start(host, "96m")?;
         daemon.borrow(numpy)?;
         let sandbox = spawn(&daemon, &numpy.tag)?;
-        eval(&daemon, &sandbox, "much = numpy.random.bytes(128 << 20)")?;
+        eval(&daemon, &sandbox, "much = b'x' * (128 << 20)")?;
         let target = format!("/v1/sandboxes/{}/branch", sandbox.id);
         let layer = |tag: &str| json!({ "tag": tag, "mode": "diff", "parent_tag": numpy.tag });
         let refused = post(&daemon, &target, &layer("too-big"))?;
@@ -236,7 +236,7 @@ const SIGNAL_CHILDREN: &str = r#"kill "-$2" $(cat /proc/$1/task/$1/children) && 
 fn a_snapshot_that_is_being_written_is_one_thing_that_can_neither_be_used_nor_made_nor_removed() -> Result<()> {
     on_real_guests(|host| {
         let (daemon, sandbox) = with_sandbox(host)?;
-        eval(&daemon, &sandbox, "more = numpy.random.bytes(96 << 20)")?;
+        eval(&daemon, &sandbox, "more = b'x' * (96 << 20)")?;
         let target = format!("/v1/sandboxes/{}/branch", sandbox.id);
         let branch = json!({ "tag": "slow", "mode": "live", "wait": false });
         post(&daemon, &target, &branch)?.expect(202)?;

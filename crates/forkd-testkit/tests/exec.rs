@@ -99,14 +99,20 @@ fn two_hundred_mebibytes_of_output_arrive_whole() -> Result<()> {
     })
 }
 
+/// Takes all but the last few mebibytes at once and writes those.
+const FILL: &str = "
+fallocate -l $(($(df --output=avail -k /root | tail -n 1) - 8192))k /root/most
+head -c 1G /dev/zero > /root/full
+echo code $?
+rm /root/most /root/full
+echo fine > /root/after
+cat /root/after";
+
 #[test]
 fn a_full_disk_in_the_guest_is_the_guests_own_trouble() -> Result<()> {
     on_real_guests(|host| {
         let siblings = host.spawn(host.numpy()?, 2)?;
-        let said = siblings[0].exec_with(
-            &["--timeout-secs", "600"],
-            &["sh", "-c", "head -c 4G /dev/zero > /root/full; echo code $?; rm /root/full; echo fine > /root/after; cat /root/after"],
-        )?;
+        let said = siblings[0].exec_with(&["--timeout-secs", "600"], &["sh", "-c", FILL])?;
         said.stderr.says(&["No space left on device"])?;
         said.success()?.says(&["code 1", "fine"])?;
         ensure!(siblings[1].sh("echo fine > /root/after; cat /root/after")? == "fine");

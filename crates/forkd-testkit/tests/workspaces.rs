@@ -52,7 +52,7 @@ fn a_workspace_comes_back_as_it_was_however_often_and_whatever_happens_to_its_da
         let numpy = host.numpy()?;
         let daemon = Daemon::start_beside(host, numpy)?;
         let made = create(&daemon, json!({ "memory_limit_mib": 2048 }), &numpy.tag)?;
-        eval(&daemon, live(&made)?, "much, mark = numpy.random.bytes(8 << 20), ['first']")?;
+        eval(&daemon, live(&made)?, "much, mark = b'x' * (8 << 20), ['first']")?;
         let again = post(&daemon, "/v1/workspaces", &json!({ "name": "w", "snapshot_tag": numpy.tag }))?;
         ensure!(again.status == 409, "{again:?}");
         for (round, body) in [json!({}), json!({ "diff": true }), json!({})].into_iter().enumerate() {
@@ -95,7 +95,7 @@ fn a_daemon_that_dies_while_it_suspends_leaves_a_workspace_that_runs_or_is_on_di
         let numpy = host.numpy()?;
         let daemon = Daemon::start_beside(host, numpy)?;
         let made = create(&daemon, json!({}), &numpy.tag)?;
-        eval(&daemon, live(&made)?, "much, mark = numpy.random.bytes(32 << 20), 'kept'")?;
+        eval(&daemon, live(&made)?, "much, mark = b'x' * (32 << 20), 'kept'")?;
         let began = std::time::Instant::now();
         suspend(&daemon, json!({}))?;
         let took = began.elapsed();
@@ -129,7 +129,7 @@ fn a_workspace_that_cannot_be_put_on_disk_runs_on() -> Result<()> {
         daemon.borrow(numpy)?;
         let made = create(&daemon, json!({}), &numpy.tag)?;
         let id = live(&made)?;
-        eval(&daemon, id, "much, mark = numpy.random.bytes(96 << 20), 'kept'")?;
+        eval(&daemon, id, "much, mark = b'x' * (96 << 20), 'kept'")?;
         let refused = post(&daemon, "/v1/workspaces/w/suspend", &json!({}))?;
         ensure!(refused.status >= 500, "{refused:?}");
         refused.body.says(&["ws-w-state", "No space left on device"])?;

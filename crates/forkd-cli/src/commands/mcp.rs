@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::Context as _;
 use clap::Args;
 use forkd_mcp::http::{self, HttpServer};
-use forkd_mcp::{CallError, Daemon, Request, stdio};
+use forkd_mcp::{CallError, Calling, Daemon, Request, stdio};
 use tokio_util::sync::CancellationToken;
 
 use super::Context;
@@ -58,7 +58,13 @@ impl McpArgs {
 struct FoundDaemon(Client);
 
 impl Daemon for FoundDaemon {
-    async fn call(&self, request: Request) -> Result<Vec<u8>, CallError> {
+    fn call(&self, request: Request) -> Calling<'_> {
+        Box::pin(self.send(request))
+    }
+}
+
+impl FoundDaemon {
+    async fn send(&self, request: Request) -> Result<Vec<u8>, CallError> {
         let Request { method, path, body, limit } = request;
         let body = match body {
             forkd_mcp::Body::Empty => RawBody::Empty,

@@ -8,9 +8,9 @@ use std::process::Command;
 use forkd_image::kernel::{self, Kernel, KernelChoice};
 use forkd_image::{ImageError, Progress};
 
-/// A cache that outlives the test, so that a second run downloads nothing.
+/// The cache that all tests share (the test kit's), so that each kernel and disk is made once.
 pub fn cache() -> PathBuf {
-    PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("image-cache")
+    PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../target/testkit/forkd/cache"))
 }
 
 /// Shows progress in the captured output of a test.

@@ -7,13 +7,13 @@ use rmcp::{tool, tool_router};
 use crate::arguments::{OfFile, WriteFile};
 use crate::daemon::{query, sandbox};
 use crate::reply::failure;
-use crate::{Body, CallError, Daemon, Request, Server};
+use crate::{Body, CallError, Request, Server};
 
 /// The largest file that is shown to a model; more would only fill its context.
 const READ_LIMIT: usize = 1 << 20;
 
 #[tool_router(router = file_tools, vis = "pub(crate)")]
-impl<D: Daemon> Server<D> {
+impl Server {
     #[tool(
         description = "Read a text file of a sandbox, at most 1 MiB. Of a larger one read parts with exec_command, for \
                        example by head, tail or sed.",

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use crate::arguments::{EvalCode, ExecCommand, WaitForText};
 use crate::daemon::sandbox;
 use crate::reply::{failure, json_body, value_result};
-use crate::{Body, CallError, Daemon, Request, Server};
+use crate::{Body, CallError, Request, Server};
 
 /// Prints the end of the file that its first argument names; nothing when it is not there yet.
 const LAST_PART: &str = "tail -c 4096 -- \"$1\" 2>/dev/null || true";
@@ -22,7 +22,7 @@ const EXCERPT: usize = 256;
 const LONGEST_WAIT: Duration = Duration::from_secs(24 * 3600);
 
 #[tool_router(router = program_tools, vis = "pub(crate)")]
-impl<D: Daemon> Server<D> {
+impl Server {
     #[tool(
         description = "Run a program in a sandbox to its end and return its stdout, stderr and exit_code (negative: \
                        the signal that killed it). A failing program is a result, not an error of this tool."

@@ -8,10 +8,10 @@ use serde_json::json;
 use crate::arguments::{CheckpointSandbox, ForkSandbox, OfSandbox, RewindSandbox, SpawnSandboxes};
 use crate::daemon::sandbox;
 use crate::reply::{failure, json_body, value_result};
-use crate::{Body, Daemon, Request, Server};
+use crate::{Body, Request, Server};
 
 #[tool_router(router = sandbox_tools, vis = "pub(crate)")]
-impl<D: Daemon> Server<D> {
+impl Server {
     #[tool(
         description = "Make n running copies of a snapshot. Each is a Linux virtual machine of its own, with all that \
                        the snapshot had in memory and on disk, and takes milliseconds to make. Returns one object per \

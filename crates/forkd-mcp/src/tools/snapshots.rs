@@ -7,10 +7,10 @@ use rmcp::{tool, tool_router};
 use crate::arguments::{BranchSandbox, CreateSnapshot};
 use crate::daemon::sandbox;
 use crate::reply::json_body;
-use crate::{Daemon, Request, Server};
+use crate::{Request, Server};
 
 #[tool_router(router = snapshot_tools, vis = "pub(crate)")]
-impl<D: Daemon> Server<D> {
+impl Server {
     #[tool(
         description = "List the snapshots that sandboxes can be copied from. Each has a tag, which is its name, and a \
                        status; only those with status \"ready\" can be used.",
