@@ -38,6 +38,11 @@ impl AgentConnection {
         Ok(self.stream.set_write_timeout(None)?)
     }
 
+    /// Bounds each later answer by `limit`.
+    pub(crate) fn wait_for(&self, limit: Duration) -> Result<(), FrameError> {
+        Ok(self.stream.set_read_timeout(Some(limit))?)
+    }
+
     /// Sends a request and reads one answer.
     pub fn ask(&mut self, request: &Request) -> Result<Response, FrameError> {
         self.send(&Frame::json(Kind::Request, request)?)?;

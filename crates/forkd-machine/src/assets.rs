@@ -17,7 +17,26 @@ const ROOT_RECIPE: &str = "debian:bookworm?include=iproute2,nftables,e2fsprogs";
 
 /// Modules besides those that every forkd guest loads. All of them are loaded before the root disk
 /// is mounted, so the machine needs neither a module directory nor `modprobe`.
-const MODULES: [&str; 7] = ["virtio_pci", "virtio_net", "9p", "9pnet_virtio", "pvpanic_pci", "tun", "loop"];
+const MODULES: [&str; 17] = [
+    "virtio_pci",
+    "virtio_net",
+    "9p",
+    "9pnet_virtio",
+    "pvpanic_pci",
+    "loop",
+    // Networks of sandboxes.
+    "tun",
+    "veth",
+    "nf_tables",
+    "nf_conntrack",
+    "nf_conntrack_netlink",
+    "nft_ct",
+    "nft_chain_nat",
+    "nft_masq",
+    "nft_limit",
+    "nft_log",
+    "nf_log_syslog",
+];
 
 /// What a machine boots from.
 pub(crate) struct Assets {

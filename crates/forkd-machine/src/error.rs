@@ -111,6 +111,22 @@ pub enum MachineError {
         /// Last lines of the console.
         console_tail: String,
     },
+    /// The agent answers, but a program that it was asked to run has not begun.
+    #[error("the machine answers, but has not begun to run {program:?} within {} s; it may be stuck", .limit.as_secs())]
+    NotBegun {
+        /// The program.
+        program: String,
+        /// How long it was waited for.
+        limit: Duration,
+    },
+    /// A program in the machine has outlived its time limit, and the machine has not ended it.
+    #[error("{program:?} was to end after {} s, and the machine has not ended it; it may be stuck", .limit.as_secs())]
+    NotEnded {
+        /// The program.
+        program: String,
+        /// Its time limit.
+        limit: Duration,
+    },
     /// The agent in the machine refused a request.
     #[error("the machine's agent answered: {0}")]
     Agent(Failure),
@@ -145,6 +161,11 @@ impl MachineError {
     /// Whether starting the machine again and repeating the work is reasonable.
     pub fn is_machine_death(&self) -> bool {
         matches!(self, Self::MachineDied { .. })
+    }
+
+    /// Whether the machine lives and does not do what it is told, so that stopping and starting it is what helps.
+    pub fn is_machine_stuck(&self) -> bool {
+        matches!(self, Self::NotBegun { .. } | Self::NotEnded { .. })
     }
 
     pub(crate) fn file(attempt: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {

@@ -3,7 +3,7 @@
 use std::io::{Read, Write};
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use forkd_proto::agent::{Exec, ExecControl, Exited, Request, Response};
 use forkd_proto::frame::{Frame, FrameError, Kind};
@@ -11,10 +11,7 @@ use forkd_proto::frame::{Frame, FrameError, Kind};
 use crate::agent::AgentConnection;
 use crate::console;
 use crate::error::MachineError;
-use crate::health::{CauseOfDeath, Patient, Watchdog};
-
-/// How long the agent may take to accept a connection on a busy machine.
-const OPEN_LIMIT: Duration = Duration::from_secs(20);
+use crate::health::{CauseOfDeath, Patient, Verdict, Watchdog};
 
 /// Bytes of standard input per frame.
 const STDIN_CHUNK: usize = 64 << 10;
@@ -33,15 +30,20 @@ pub struct Streams<'a> {
 }
 
 /// Runs `request` on the machine of `patient` until it exits.
+///
+/// A machine that is stuck does not hold its caller up: the agent must answer, the program must begin, and if it has a
+/// time limit it must end, each in good time. How long it runs without one is its own business, as long as the machine
+/// lives.
 pub(crate) fn run(patient: &Patient, mut request: Exec, streams: Streams<'_>) -> Result<Exited, MachineError> {
     request.stdin = streams.stdin.is_some();
     let mut connection = open(patient)?;
+    let program = request.args.first().cloned().unwrap_or_default();
+    let limit = request.timeout_ms.map(Duration::from_millis);
     let session = Session { patient };
-    connection
-        .send(&Frame::json(Kind::Request, &Request::Exec(request)).map_err(|error| session.broken(error))?)
-        .and_then(|()| connection.wait_for_ever())
-        .map_err(|error| session.explain(error, None))?;
-    let watchdog = Watchdog::set(patient.clone(), connection.try_clone().map_err(|error| session.broken(error))?);
+    begin(&mut connection, &request, &session, &program)?;
+    let deadline = limit.and_then(|limit| Instant::now().checked_add(limit)?.checked_add(patient.patience.end));
+    let watched = connection.try_clone().map_err(|error| session.broken(error))?;
+    let watchdog = Watchdog::set(patient.clone(), watched, deadline);
     let sender = Arc::new(Mutex::new(connection.try_clone().map_err(|error| session.broken(error))?));
     if let Some(stdin) = streams.stdin {
         let sender = Arc::clone(&sender);
@@ -57,14 +59,58 @@ pub(crate) fn run(patient: &Patient, mut request: Exec, streams: Streams<'_>) ->
         Ok(exited) => Ok(exited),
         Err(Ending::Output(error)) => Err(MachineError::Output(error)),
         Err(Ending::Refused(failure)) => Err(MachineError::Agent(failure)),
-        Err(Ending::Broken(error)) => Err(session.explain(error, watchdog.cause())),
+        Err(Ending::Broken(error)) => Err(match (watchdog.verdict(), limit) {
+            (Some(Verdict::Died(cause)), _) => session.died(cause),
+            (Some(Verdict::Overdue), Some(limit)) => MachineError::NotEnded { program, limit },
+            _ => session.explain(error),
+        }),
     }
 }
 
 /// Opens a connection, telling a dead machine from a refused greeting.
 pub(crate) fn open(patient: &Patient) -> Result<AgentConnection, MachineError> {
-    AgentConnection::open(patient.agent, &patient.token, OPEN_LIMIT)
-        .map_err(|error| Session { patient }.explain(error, None))
+    AgentConnection::open(patient.agent, &patient.token, patient.patience.answer).map_err(|error| {
+        let session = Session { patient };
+        match patient.ended_meanwhile().and_then(|()| patient.examine_again()) {
+            Ok(()) => session.broken(error),
+            Err(cause) => session.died(cause),
+        }
+    })
+}
+
+/// Asks for the program and waits until it has begun.
+fn begin(
+    connection: &mut AgentConnection,
+    request: &Exec,
+    session: &Session<'_>,
+    program: &str,
+) -> Result<(), MachineError> {
+    let asked = Frame::json(Kind::Request, &Request::Exec(request.clone())).map_err(|error| session.broken(error))?;
+    let limit = session.patient.patience.begin;
+    let answer = connection
+        .wait_for(limit)
+        .and_then(|()| connection.send(&asked))
+        .and_then(|()| connection.receive()?.parse(Kind::Response));
+    match answer {
+        Ok(Response::Started { .. }) => connection.wait_for_ever().map_err(|error| session.broken(error)),
+        Ok(Response::Error(failure)) => Err(MachineError::Agent(failure)),
+        Ok(other) => Err(session.broken(unexpected(&other))),
+        Err(error) if is_silence(&error) => Err(match session.patient.examine() {
+            Ok(()) => MachineError::NotBegun { program: program.to_owned(), limit },
+            Err(cause) => session.died(cause),
+        }),
+        Err(error) => Err(session.explain(error)),
+    }
+}
+
+/// Whether an answer did not come in time.
+fn is_silence(error: &FrameError) -> bool {
+    use std::io::ErrorKind::{TimedOut, WouldBlock};
+    matches!(error, FrameError::Io(error) if matches!(error.kind(), TimedOut | WouldBlock))
+}
+
+fn unexpected(answer: &Response) -> FrameError {
+    std::io::Error::other(format!("an unexpected answer to exec: {answer:?}")).into()
 }
 
 /// Why receiving stopped before the program had exited.
@@ -81,13 +127,9 @@ fn receive(connection: &mut AgentConnection, stdout: &mut dyn Write, stderr: &mu
             Kind::Stdout => &mut *stdout,
             Kind::Stderr => &mut *stderr,
             _ => match frame.parse(Kind::Response).map_err(Ending::Broken)? {
-                Response::Started { .. } => continue,
                 Response::Exited(exited) => return Ok(exited),
                 Response::Error(failure) => return Err(Ending::Refused(failure)),
-                other => {
-                    let text = format!("an unexpected answer to exec: {other:?}");
-                    return Err(Ending::Broken(std::io::Error::other(text).into()));
-                }
+                other => return Err(Ending::Broken(unexpected(&other))),
             },
         };
         stream.write_all(&frame.payload).and_then(|()| stream.flush()).map_err(Ending::Output)?;
@@ -134,11 +176,15 @@ impl Session<'_> {
         MachineError::Connection { address: self.patient.agent, source }
     }
 
+    fn died(&self, cause: CauseOfDeath) -> MachineError {
+        MachineError::MachineDied { cause, console_tail: console::tail(&self.patient.console()) }
+    }
+
     /// A broken connection is a dead machine until the machine has shown that it lives.
-    fn explain(&self, error: FrameError, known: Option<CauseOfDeath>) -> MachineError {
-        match known.map_or_else(|| self.patient.post_mortem(), Err) {
+    fn explain(&self, error: FrameError) -> MachineError {
+        match self.patient.post_mortem() {
             Ok(()) => self.broken(error),
-            Err(cause) => MachineError::MachineDied { cause, console_tail: console::tail(&self.patient.console()) },
+            Err(cause) => self.died(cause),
         }
     }
 }

@@ -32,6 +32,8 @@ mod qmp;
 mod ready;
 mod record;
 mod root_files;
+#[cfg(test)]
+mod silence;
 
 pub use agent::AgentConnection;
 pub use error::MachineError;

@@ -15,7 +15,7 @@ use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use forkd_proto::agent::{Exec, Exited, Pong, Request, Response};
+use forkd_proto::agent::{Exec, Exited, Pong, Request};
 
 use crate::agent::{self, AgentConnection};
 use crate::assets::{self, Assets};
@@ -25,7 +25,7 @@ use crate::data_disk;
 use crate::directory::MachineDirectory;
 use crate::error::MachineError;
 use crate::exec::{self, Streams};
-use crate::health::{CauseOfDeath, Patient};
+use crate::health::{CauseOfDeath, Patience, Patient};
 use crate::options::{Resolved, StartOptions};
 use crate::progress::{Report, step};
 use crate::qemu::{Launch, LaunchFailure, QMP_SOCKET};
@@ -42,14 +42,12 @@ const SHUTDOWN_LIMIT: Duration = Duration::from_secs(30);
 /// How long QEMU may take to end when told to, and after SIGKILL.
 const QUIT_LIMIT: Duration = Duration::from_secs(5);
 
-/// How long a status query waits for the agent.
-const STATUS_PATIENCE: Duration = Duration::from_secs(5);
-
 /// A machine of one data directory, by name; it need not exist yet.
 #[derive(Clone, Debug)]
 pub struct Machine {
     name: String,
     directory: MachineDirectory,
+    patience: Patience,
 }
 
 /// A machine that is up, and how to reach it.
@@ -109,12 +107,29 @@ pub enum Status {
     Absent,
     /// It is not running.
     Stopped,
-    /// It is up.
+    /// It is being started: QEMU runs, and the machine is not ready yet.
+    Starting {
+        /// QEMU's process.
+        qemu_pid: u32,
+        /// When it was started, seconds since the Unix epoch.
+        started_unix: u64,
+    },
+    /// QEMU runs, and the machine's agent does not answer. It may be busy; the next use of the machine waits for longer,
+    /// and starts it again if there is still no answer.
+    NotAnswering {
+        /// How it would be reached.
+        running: Running,
+        /// How long it was waited for.
+        waited: Duration,
+        /// Last lines of its console.
+        console_tail: String,
+    },
+    /// It is up, and its agent answers.
     Running {
         /// How to reach it.
         running: Running,
-        /// What its agent said; absent when it did not answer in a few seconds.
-        pong: Option<Pong>,
+        /// What its agent said.
+        pong: Pong,
         /// `translation` or `hardware`.
         processor: &'static str,
         /// Number of vCPUs.
@@ -136,7 +151,14 @@ pub enum Status {
 impl Machine {
     /// The machine `name` of the data directory `data`. Nothing is created yet.
     pub fn open(data: &Path, name: &str) -> Result<Self, MachineError> {
-        Ok(Self { name: name.to_owned(), directory: MachineDirectory::new(data, name)? })
+        let directory = MachineDirectory::new(data, name)?;
+        Ok(Self { name: name.to_owned(), directory, patience: Patience::default() })
+    }
+
+    /// The same, waited for as `patience` says.
+    #[cfg(test)]
+    pub(crate) fn with_patience(self, patience: Patience) -> Self {
+        Self { patience, ..self }
     }
 
     /// Starts the machine, creating it if need be. One that runs is left alone if it is well, and
@@ -191,7 +213,8 @@ impl Machine {
         self.directory.remove(&lock)
     }
 
-    /// What the machine is doing. Never waits for a start or stop under way.
+    /// What the machine is doing: asked in the machine itself, for a few seconds. Never waits for a start or stop under
+    /// way.
     pub fn status(&self) -> Result<Status, MachineError> {
         let Some(record) = Record::load(&self.directory.record())? else { return Ok(Status::Absent) };
         let Some(running) = &record.running else { return Ok(Status::Stopped) };
@@ -199,10 +222,18 @@ impl Machine {
         if let Err(cause) = patient.check_qemu() {
             return Ok(Status::Dead { cause, console_tail: console::tail(&patient.console()) });
         }
+        let described = self.describe(&record, running, StartOutcome::AlreadyRunning { differences: Vec::new() });
+        if running.boot_ms.is_none() {
+            return Ok(Status::Starting { qemu_pid: described.qemu_pid, started_unix: described.started_unix });
+        }
+        let Ok(pong) = agent::ping(patient.agent, &patient.token, self.patience.status) else {
+            let console_tail = console::tail(&patient.console());
+            return Ok(Status::NotAnswering { running: described, waited: self.patience.status, console_tail });
+        };
         let options = &running.options;
         Ok(Status::Running {
-            pong: agent::ping(patient.agent, &patient.token, STATUS_PATIENCE).ok(),
-            running: self.describe(&record, running, StartOutcome::AlreadyRunning { differences: Vec::new() }),
+            pong,
+            running: described,
             processor: if options.hardware { "hardware" } else { "translation" },
             vcpus: options.vcpus,
             memory: options.memory,
@@ -228,12 +259,6 @@ impl Machine {
         console::tail(&self.directory.console())
     }
 
-    /// Sends one request to the machine's agent and returns its answer.
-    fn ask(patient: &Patient, request: &Request) -> Result<Response, MachineError> {
-        let failed = |source| MachineError::Connection { address: patient.agent, source };
-        exec::open(patient)?.ask(request).map_err(failed)
-    }
-
     fn running_patient(&self) -> Result<Patient, MachineError> {
         let record = Record::load(&self.directory.record())?;
         match record.as_ref().and_then(|record| Some((record, record.running.as_ref()?))) {
@@ -248,6 +273,7 @@ impl Machine {
             directory: self.directory.path().to_owned(),
             agent: loopback(running.agent_port),
             token: record.agent_token.clone(),
+            patience: self.patience,
         }
     }
 
@@ -367,7 +393,9 @@ impl Machine {
             Some(process) => {
                 step(report, "shutting the machine down");
                 // The answer may be cut off by the power-off itself, so only the process tells.
-                let asked = Self::ask(&self.patient(&record, &running), &Request::Shutdown);
+                let patient = self.patient(&record, &running);
+                let asked = AgentConnection::open(patient.agent, &patient.token, self.patience.shutdown)
+                    .and_then(|mut agent| agent.ask(&Request::Shutdown));
                 let limit = if asked.is_ok() { SHUTDOWN_LIMIT } else { Duration::ZERO };
                 if process.wait(limit) {
                     StopOutcome::Clean

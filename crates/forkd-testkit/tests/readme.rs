@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
-use forkd_testkit::{Said, on_real_guests};
+use forkd_testkit::{Said, on_real_guests, readme_commands};
 
 /// Begins a block of commands that this test runs.
 const MARKER: &str = "<!-- commands: run by crates/forkd-testkit/tests/readme.rs -->";
@@ -20,17 +20,11 @@ fn the_quick_start_and_the_commands_that_follow_it_work() -> Result<()> {
         shown.says(&["[0.0, 0.0, 0.0, 0.0, 0.0]", "3 of 3 children answered"])?;
         ensure!(host.sandboxes()?.is_empty(), "the quick start leaves no sandbox behind");
 
-        let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
-        let readme = std::fs::read_to_string(workspace.join("README.md"))?;
-        let block = readme.split_once(MARKER).context("the marker is in the README")?.1;
-        let commands =
-            block.split_once("```sh\n").and_then(|(_, rest)| rest.split_once("```")).context("a block follows")?.0;
-        // The README's path is that of `make build`; the programs under test may be elsewhere.
-        let script = format!("set -eu\n{commands}").replace("$PWD/target/forkd", &host.programs().to_string_lossy());
+        let script = format!("set -eu\n{}", readme_commands(MARKER, host.programs())?);
         let output = Command::new("bash")
             .args(["-c", &script])
             .envs(host.environment())
-            .current_dir(&workspace)
+            .current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("../.."))
             .output()
             .context("bash runs")?;
         let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));

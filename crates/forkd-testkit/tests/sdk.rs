@@ -9,7 +9,7 @@ use std::process::Command;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use anyhow::{Context, Result, ensure};
-use forkd_testkit::{Host, on_real_guests};
+use forkd_testkit::{Host, on_real_guests, readme_commands};
 
 use client_programs::{
     GuestAddress, copy_sources, environment, environment_of_forkd, expect, install, installed, python, run, workspace,
@@ -21,8 +21,14 @@ const MARKER: &str = "<!-- commands: run by crates/forkd-testkit/tests/sdk.rs --
 /// The snapshot that the READMEs speak of, made like the tests' own.
 const QUICKSTART: &str = "quickstart";
 
-/// The environment of a client, and the snapshot of the quick start. `leftovers` are snapshots of its earlier attempts.
-fn prepared(host: &Host, leftovers: &str) -> Result<Vec<(&'static str, OsString)>> {
+/// What the examples of a README make, and an earlier attempt may have left behind.
+struct Examples {
+    snapshot: &'static str,
+    workspace: &'static str,
+}
+
+/// The environment of a client, and the snapshot of the quick start; nothing is left of earlier runs of `examples`.
+fn prepared(host: &Host, examples: Option<Examples>) -> Result<Vec<(&'static str, OsString)>> {
     static MADE: Mutex<bool> = Mutex::new(false);
     // Once: another test may have sandboxes of it that it is going to branch.
     let mut made = MADE.lock().unwrap_or_else(PoisonError::into_inner);
@@ -34,7 +40,10 @@ fn prepared(host: &Host, leftovers: &str) -> Result<Vec<(&'static str, OsString)
         *made = true;
     }
     drop(made);
-    host.forkd(&["rmi", leftovers])?;
+    if let Some(Examples { snapshot, workspace }) = examples {
+        host.forkd(&["rmi", snapshot])?;
+        host.forkd(&["workspace", "delete", workspace])?;
+    }
     environment(host)
 }
 
@@ -62,7 +71,7 @@ fn the_python_sdk_passes_its_tests_and_its_readme_does_what_it_says() -> Result<
     let (interpreter, sources) = python_sdk()?;
     run(Command::new(interpreter.with_file_name("mypy")).current_dir(&sources).args(["--strict", "src"]))?;
     on_real_guests(|host| {
-        let variables = prepared(host, "with-a-plan")?;
+        let variables = prepared(host, Some(Examples { snapshot: "with-a-plan", workspace: "notebook" }))?;
         let mut command = Command::new(&interpreter);
         command.args([
             "-m",
@@ -113,6 +122,19 @@ fn typescript_sdk() -> Result<PathBuf> {
     Ok(sources)
 }
 
+/// The files of the package's own tests, by name.
+fn tests_below(sources: &Path) -> Result<Vec<PathBuf>> {
+    let entries = std::fs::read_dir(sources.join("test"))?.collect::<std::io::Result<Vec<_>>>()?;
+    let mut files: Vec<PathBuf> = entries
+        .iter()
+        .map(std::fs::DirEntry::path)
+        .filter(|path| path.to_string_lossy().ends_with(".test.mjs"))
+        .collect();
+    ensure!(files.len() > 3, "{files:?}");
+    files.sort();
+    Ok(files)
+}
+
 fn npm(directory: &Path, arguments: &[&str]) -> Result<String> {
     run(Command::new("npm").args(arguments).current_dir(directory))
 }
@@ -121,10 +143,9 @@ fn npm(directory: &Path, arguments: &[&str]) -> Result<String> {
 fn the_typescript_sdk_passes_its_tests_and_its_readme_does_what_it_says() -> Result<()> {
     let sources = typescript_sdk()?;
     on_real_guests(|host| {
-        let variables = prepared(host, "with-a-plan-ts")?;
-        let tests = ["test/requests.test.mjs", "test/daemon.test.mjs", "test/readme.test.mjs"];
+        let variables = prepared(host, Some(Examples { snapshot: "with-a-plan-ts", workspace: "notebook-ts" }))?;
         let mut command = Command::new("node");
-        command.args(["--test", "--test-concurrency=1", "--test-reporter=tap"]).args(tests);
+        command.args(["--test", "--test-concurrency=1", "--test-reporter=tap"]).args(tests_below(&sources)?);
         let said = run(command.current_dir(&sources).envs(variables))?;
         expect(&said, "# fail 0")?;
         expect(&said, "# skipped 0")
@@ -137,15 +158,10 @@ fn the_readme_leads_from_nothing_to_an_evaluation_in_both_languages() -> Result<
     let clone = tempfile::tempdir()?;
     copy_sources(&workspace().join("sdk/python"), &clone.path().join("sdk/python"))?;
     copy_sources(&workspace().join("sdk/typescript"), &clone.path().join("sdk/typescript"))?;
-    let readme = std::fs::read_to_string(workspace().join("README.md"))?;
-    let block = readme.split_once(MARKER).context("the marker is in the README")?.1;
-    let commands =
-        block.split_once("```sh\n").and_then(|(_, rest)| rest.split_once("```")).context("a block follows")?.0;
     on_real_guests(|host| {
-        prepared(host, "none")?;
+        prepared(host, None)?;
         // Sandboxes of other tests are not the README's to kill.
-        let commands = commands.replace("$PWD/target/forkd", &host.programs().to_string_lossy());
-        let commands = commands.replace("forkd kill --all\n", "");
+        let commands = readme_commands(MARKER, host.programs())?.replace("forkd kill --all\n", "");
         let mut shell = Command::new("bash");
         shell.args(["-c", &format!("set -eu\n{commands}")]).current_dir(clone.path()).envs(host.environment());
         for name in ["FORKD_URL", "FORKD_TOKEN"] {

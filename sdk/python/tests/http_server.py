@@ -15,29 +15,50 @@ class Recorder:
     def __init__(self, socket_path: Optional[str] = None) -> None:
         self.requests: List[Dict[str, Any]] = []
         self.answer: Tuple[int, bytes] = (200, b"[]")
+        self.first: List[Optional[Tuple[int, bytes, Dict[str, str]]]] = []
+        """Answers that come before it, with their headers; ``None`` cuts the connection instead."""
         recorder = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
             def handle_any(self) -> None:
-                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                body = self.body()
                 recorder.requests.append(
                     {
                         "method": self.command,
                         "path": self.path,
                         "type": self.headers.get("Content-Type"),
                         "token": self.headers.get("Authorization"),
+                        "key": self.headers.get("Idempotency-Key"),
+                        "last_event": self.headers.get("Last-Event-ID"),
                         "body": json.loads(body) if self.headers.get("Content-Type") == "application/json" else body,
                     }
                 )
-                status, content = recorder.answer
+                answer = recorder.first.pop(0) if recorder.first else (*recorder.answer, {})
+                if answer is None:
+                    self.close_connection = True
+                    return
+                status, content, headers = answer
                 self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
                 self.wfile.write(content)
 
             do_GET = do_POST = do_PUT = do_DELETE = handle_any
+
+            def body(self) -> bytes:
+                if self.headers.get("Transfer-Encoding") != "chunked":
+                    return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                whole = b""
+                while True:
+                    size = int(self.rfile.readline(), 16)
+                    whole += self.rfile.read(size)
+                    self.rfile.readline()
+                    if size == 0:
+                        return whole
 
             def address_string(self) -> str:
                 return "client"

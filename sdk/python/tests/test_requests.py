@@ -83,6 +83,46 @@ class Wire(unittest.TestCase):
             self.controller.branch_sandbox("sb-1", **arguments)  # type: ignore[arg-type]
             self.sent("POST", "/v1/sandboxes/sb-1/branch", body)
 
+    def test_lifetimes(self) -> None:
+        self.controller.spawn_sandboxes("py", timeout_secs=0.5, on_timeout="suspend", auto_checkpoint="exec")
+        plain = {"snapshot_tag": "py", "n": 1, "per_child_netns": False}
+        lifetime = {"timeout_secs": 1, "on_timeout": "suspend"}
+        self.sent("POST", "/v1/sandboxes", {**plain, **lifetime, "auto_checkpoint": "exec"})
+        self.controller.fork_sandbox("sb-1", timeout_secs=60)
+        self.sent("POST", "/v1/sandboxes/sb-1/fork", {"n": 1, "timeout_secs": 60})
+        self.controller.set_timeout("sb-1", 7, "kill")
+        self.sent("POST", "/v1/sandboxes/sb-1/timeout", {"timeout_secs": 7, "on_timeout": "kill"})
+        self.controller.set_timeout("sb-1", None)
+        self.sent("POST", "/v1/sandboxes/sb-1/timeout", {"timeout_secs": None})
+        self.controller.suspend_sandbox("sb-1")
+        self.sent("POST", "/v1/sandboxes/sb-1/suspend")
+
+    def test_workspaces_and_the_whole(self) -> None:
+        self.controller.create_workspace("w", "py")
+        self.sent("POST", "/v1/workspaces", {"name": "w", "snapshot_tag": "py"})
+        self.controller.create_workspace(
+            "w", "py", per_child_netns=True, memory_limit_mib=64, hugepages=True, idle_suspend_secs=0.1
+        )
+        options = {"per_child_netns": True, "memory_limit_mib": 64, "hugepages": True, "idle_suspend_secs": 1}
+        self.sent("POST", "/v1/workspaces", {"name": "w", "snapshot_tag": "py", **options})
+        self.controller.list_workspaces()
+        self.sent("GET", "/v1/workspaces")
+        self.controller.get_workspace("w/x")
+        self.sent("GET", "/v1/workspaces/w%2Fx")
+        self.controller.suspend_workspace("w")
+        self.sent("POST", "/v1/workspaces/w/suspend", {})
+        self.controller.resume_workspace("w")
+        self.sent("POST", "/v1/workspaces/w/resume")
+        self.controller.delete_workspace("w")
+        self.sent("DELETE", "/v1/workspaces/w")
+        self.controller.usage()
+        self.sent("GET", "/v1/usage")
+        self.controller.tree()
+        self.sent("GET", "/v1/tree")
+        self.controller.create_snapshot("t", "/k", "/r", boot_wait_secs=20)
+        body = {"tag": "t", "kernel": "/k", "rootfs": "/r", "boot_wait_secs": 20}
+        self.sent("POST", "/v1/snapshots", body)
+
     def test_what_runs_in_a_sandbox(self) -> None:
         self.controller.exec_command("sb-1", ["true"])
         self.sent("POST", "/v1/sandboxes/sb-1/exec", {"args": ["true"], "timeout_secs": 30})
@@ -158,6 +198,9 @@ class Wire(unittest.TestCase):
                 with self.assertRaisesRegex(ControllerError, "taken"):
                     await controller.branch_sandbox("sb-1", tag="t")
                 self.sent("POST", "/v1/sandboxes/sb-1/branch", {"tag": "t"})
+                self.server.answer = (200, b"{}")
+                await controller.create_workspace("w", "py", idle_suspend_secs=0)
+                self.sent("POST", "/v1/workspaces", {"name": "w", "snapshot_tag": "py", "idle_suspend_secs": 0})
 
         asyncio.run(drive())
 
@@ -209,7 +252,7 @@ class Surface(unittest.TestCase):
     """Signatures that callers rely on."""
 
     def test_the_controller(self) -> None:
-        self.assertEqual(list(inspect.signature(Controller).parameters), ["base_url", "token", "timeout"])
+        self.assertEqual(list(inspect.signature(Controller).parameters)[:3], ["base_url", "token", "timeout"])
         spawn = inspect.signature(Controller.spawn_sandboxes).parameters
         order = [
             "self",
@@ -238,7 +281,8 @@ class Surface(unittest.TestCase):
     def test_both_clients_have_the_same_calls(self) -> None:
         def calls(of: type) -> Dict[str, str]:
             members = {name: getattr(of, name) for name in vars(of) if not name.startswith("_")}
-            return {name: str(inspect.signature(member)) for name, member in members.items() if callable(member)}
+            signatures = {name: inspect.signature(member) for name, member in members.items() if callable(member)}
+            return {name: str(signature).replace("Async", "") for name, signature in signatures.items()}
 
         blocking, asynchronous = calls(Controller), calls(AsyncController)
         underneath = {"open", "call", "aclose", "fetch", "lines"}

@@ -1,19 +1,31 @@
 import type { Address } from "./address.js";
-import { type ConnectionOptions, Transport } from "./transport.js";
+import { type EventOptions, EventStream } from "./events.js";
+import { type ConnectionOptions, type Outgoing, Transport } from "./transport.js";
 import type {
   BranchOptions,
   CheckpointInfo,
+  CreateSnapshotOptions,
   EvalOptions,
   EvalResult,
   ExecOptions,
   ExecResult,
+  Family,
+  ForkOptions,
+  Lifetime,
+  MakingOptions,
   PingResult,
   SandboxInfo,
+  SandboxUsage,
   SnapshotInfo,
   SpawnOptions,
+  WorkspaceInfo,
+  WorkspaceOptions,
 } from "./types.js";
 
 export type ControllerOptions = ConnectionOptions;
+
+/** How long the answer to a request that boots a machine may take at least. */
+const BOOT_MS = 300_000;
 
 /** How much longer than a program's own time limit its answer may take. */
 const GRACE_MS = 10_000;
@@ -52,14 +64,20 @@ export class Controller {
     return this.get(`/v1/snapshots/${segment(tag)}/info`);
   }
 
+  /** Boots a kernel and a root disk, and takes a snapshot when the agent answers. */
+  createSnapshot(options: CreateSnapshotOptions): Promise<SnapshotInfo> {
+    const { tag, kernel, rootfs, bootWaitSecs } = options;
+    return this.make("/v1/snapshots", { tag, kernel, rootfs, boot_wait_secs: bootWaitSecs }, options, BOOT_MS);
+  }
+
   /** Writes a layered snapshot anew as `to`, which depends on no other. */
-  compactSnapshot(tag: string, to: string): Promise<SnapshotInfo> {
-    return this.post(`/v1/snapshots/${segment(tag)}/compact`, { to });
+  compactSnapshot(tag: string, to: string, options: MakingOptions = {}): Promise<SnapshotInfo> {
+    return this.make(`/v1/snapshots/${segment(tag)}/compact`, { to }, options);
   }
 
   /** Forks children of a snapshot. */
   spawnSandboxes(options: SpawnOptions): Promise<SandboxInfo[]> {
-    return this.post("/v1/sandboxes", {
+    const json = {
       snapshot_tag: options.snapshotTag,
       n: options.n ?? 1,
       per_child_netns: options.perChildNetns ?? false,
@@ -67,9 +85,10 @@ export class Controller {
       prewarm: options.prewarm,
       live_fork: options.liveFork,
       hugepages: options.hugepages,
-      timeout_secs: options.timeoutSecs,
-      on_timeout: options.onTimeout,
-    });
+      auto_checkpoint: options.autoCheckpoint,
+      ...lifetime(options),
+    };
+    return this.make("/v1/sandboxes", json, options);
   }
 
   /** All sandboxes, by id. */
@@ -88,26 +107,42 @@ export class Controller {
   }
 
   /** Makes `n` running copies of a running sandbox, all of one instant. */
-  forkSandbox(id: string, options: { n?: number; memoryLimitMib?: number } = {}): Promise<SandboxInfo[]> {
-    return this.post(sandbox(id, "/fork"), { n: options.n ?? 1, memory_limit_mib: options.memoryLimitMib });
+  forkSandbox(id: string, options: ForkOptions & { n?: number } = {}): Promise<SandboxInfo[]> {
+    const json = { n: options.n ?? 1, memory_limit_mib: options.memoryLimitMib, ...lifetime(options) };
+    return this.make(sandbox(id, "/fork"), json, options);
+  }
+
+  /** Lets a sandbox end this long after now, whatever was said before; with null it lives until it is ended. */
+  setTimeout(id: string, timeoutSecs: number | null, onTimeout?: Lifetime["onTimeout"]): Promise<SandboxInfo> {
+    const timeout_secs = timeoutSecs === null ? null : Math.ceil(timeoutSecs);
+    return this.post(sandbox(id, "/timeout"), { timeout_secs, on_timeout: onTimeout });
+  }
+
+  /** Puts a sandbox on disk as a snapshot, and ends it. */
+  suspendSandbox(id: string, options: MakingOptions = {}): Promise<SnapshotInfo> {
+    return this.make(sandbox(id, "/suspend"), undefined, options);
   }
 
   /** Takes a snapshot of a running sandbox. */
   branchSandbox(id: string, options: BranchOptions = {}): Promise<SnapshotInfo> {
     const { tag, mode, diff, measure_diff, wait, parentTag } = options;
-    return this.post(sandbox(id, "/branch"), {
+    const json = {
       tag,
       mode,
       diff: mode === undefined && diff ? true : undefined,
       measure_diff: measure_diff ? true : undefined,
       wait: wait === false ? false : undefined,
       parent_tag: parentTag,
-    });
+    };
+    return this.make(sandbox(id, "/branch"), json, options);
   }
 
   /** Freezes a sandbox as it is now, to come back to. */
-  checkpointSandbox(id: string, options: { name?: string; disk?: boolean } = {}): Promise<CheckpointInfo> {
-    return this.post(sandbox(id, "/checkpoints"), options);
+  checkpointSandbox(
+    id: string,
+    options: MakingOptions & { name?: string; disk?: boolean } = {},
+  ): Promise<CheckpointInfo> {
+    return this.make(sandbox(id, "/checkpoints"), { name: options.name, disk: options.disk }, options);
   }
 
   /** A sandbox's checkpoints, oldest first. */
@@ -123,6 +158,62 @@ export class Controller {
   /** Brings a sandbox back to a checkpoint, by name or that many back; without either to the newest. */
   rewindSandbox(id: string, to: { name?: string; back?: number } = {}): Promise<CheckpointInfo> {
     return this.post(sandbox(id, "/rewind"), to);
+  }
+
+  /** All workspaces, by name. */
+  listWorkspaces(): Promise<WorkspaceInfo[]> {
+    return this.get("/v1/workspaces");
+  }
+
+  /** Makes a sandbox with a name, that can be put on disk and brought back. */
+  createWorkspace(options: WorkspaceOptions): Promise<WorkspaceInfo> {
+    const json = {
+      name: options.name,
+      snapshot_tag: options.snapshotTag,
+      per_child_netns: options.perChildNetns,
+      memory_limit_mib: options.memoryLimitMib,
+      hugepages: options.hugepages,
+      idle_suspend_secs: whole(options.idleSuspendSecs),
+    };
+    return this.make("/v1/workspaces", json, options);
+  }
+
+  /** One workspace. */
+  getWorkspace(name: string): Promise<WorkspaceInfo> {
+    return this.get(workspace(name));
+  }
+
+  /** Puts a workspace on disk. */
+  suspendWorkspace(name: string, options: MakingOptions = {}): Promise<WorkspaceInfo> {
+    return this.make(workspace(name, "/suspend"), {}, options);
+  }
+
+  /** Brings a workspace back; its sandbox is `live_sandbox_id`. */
+  resumeWorkspace(name: string, options: MakingOptions = {}): Promise<WorkspaceInfo> {
+    return this.make(workspace(name, "/resume"), undefined, options);
+  }
+
+  /** Ends a workspace and forgets its state. */
+  async deleteWorkspace(name: string): Promise<void> {
+    await this.transport.call({ method: "DELETE", path: workspace(name) });
+  }
+
+  /** What each sandbox uses now. */
+  usage(): Promise<SandboxUsage[]> {
+    return this.get("/v1/usage");
+  }
+
+  /** Snapshots, sandboxes and checkpoints, each under what it came from. */
+  tree(): Promise<Family> {
+    return this.get("/v1/tree");
+  }
+
+  /**
+   * What happens from now on, or since the event with the id `after`. The stream comes again by itself when its
+   * connection breaks and misses nothing that the daemon still keeps; where that is not all, it gives `events.lost`.
+   */
+  events(options: EventOptions = {}): Promise<EventStream> {
+    return EventStream.open(this.transport, options);
   }
 
   /** Runs a program to its end. */
@@ -149,6 +240,21 @@ export class Controller {
   private post<T>(path: string, json: object, leastTimeoutMs = 0): Promise<T> {
     return this.transport.call({ method: "POST", path, json, leastTimeoutMs });
   }
+
+  private make<T>(path: string, json: object | undefined, options: MakingOptions, leastTimeoutMs = 0): Promise<T> {
+    const outgoing: Outgoing = { method: "POST", path, json, leastTimeoutMs };
+    return this.transport.call({ ...outgoing, makes: { idempotencyKey: options.idempotencyKey } });
+  }
+}
+
+/** The fields that say when a sandbox ends by itself, and how. */
+function lifetime(options: Lifetime) {
+  return { timeout_secs: whole(options.timeoutSecs), on_timeout: options.onTimeout };
+}
+
+/** The daemon counts in whole seconds. */
+function whole(seconds: number | undefined): number | undefined {
+  return seconds === undefined ? undefined : Math.ceil(seconds);
 }
 
 /** The body of every request that runs a program. */
@@ -166,4 +272,9 @@ export function segment(text: string): string {
 /** The path of a sandbox, or below it. */
 export function sandbox(id: string, tail = ""): string {
   return `/v1/sandboxes/${segment(id)}${tail}`;
+}
+
+/** The path of a workspace, or below it. */
+function workspace(name: string, tail = ""): string {
+  return `/v1/workspaces/${segment(name)}${tail}`;
 }

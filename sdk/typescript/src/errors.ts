@@ -8,8 +8,10 @@ export class ControllerError extends Error {
   readonly url: string;
   /** The daemon's stable code for the cause, for example `sandbox_not_found`. */
   readonly code: string | undefined;
+  /** When to come again, if the daemon says so. */
+  readonly retryAfterSecs: number | undefined;
 
-  constructor(status: number, body: unknown, url: string) {
+  constructor(status: number, body: unknown, url: string, retryAfterSecs?: number) {
     const said = (typeof body === "object" && body !== null ? body : {}) as { error?: unknown; code?: unknown };
     const text = typeof said.error === "string" ? said.error : typeof body === "string" ? body : JSON.stringify(body);
     super(`controller ${url}: HTTP ${status}: ${text}`);
@@ -17,6 +19,7 @@ export class ControllerError extends Error {
     this.status = status;
     this.body = body;
     this.url = url;
+    this.retryAfterSecs = retryAfterSecs;
     this.code = typeof said.code === "string" ? said.code : undefined;
   }
 }

@@ -1,6 +1,8 @@
+import { packed } from "./archive.js";
 import { type Controller, sandbox } from "./controller.js";
 import { ControllerError } from "./errors.js";
-import { type FileChange, fileChange, lines } from "./streams.js";
+import { type FileChange, chunks, fileChange, lines } from "./streams.js";
+import { untar } from "./untar.js";
 
 /** One file of a guest. */
 export interface FileInfo {
@@ -26,8 +28,8 @@ export class Files {
 
   /** A file's content. */
   async read(path: string): Promise<Uint8Array> {
-    const [response] = await this.controller.transport.open({ method: "GET", path: this.path("", { path }) });
-    return new Uint8Array(await response.arrayBuffer());
+    const request = { method: "GET", path: this.path("", { path }) };
+    return this.controller.transport.whole(request, async (response) => new Uint8Array(await response.arrayBuffer()));
   }
 
   /** A file's content as text. */
@@ -76,6 +78,61 @@ export class Files {
   async remove(path: string, options: { recursive?: boolean } = {}): Promise<void> {
     const query = { path, recursive: options.recursive ? "true" : undefined };
     await this.controller.transport.call({ method: "DELETE", path: this.path("", query) });
+  }
+
+  /**
+   * Copies a file or folder of this host into a directory of the guest, which is made if need be: `site` into `/srv` is
+   * `/srv/site` there. Permissions and times stay, owners do not. Needs the program `tar`.
+   */
+  async upload(source: string, directory: string): Promise<void> {
+    await this.mkdir(directory);
+    const tar = packed(source);
+    const sent = this.putArchive(directory, tar.stream);
+    // Where tar failed, what it said is the cause.
+    const [program, request] = await Promise.allSettled([tar.ended, sent]);
+    if (program.status === "rejected") throw program.reason;
+    if (request.status === "rejected") throw request.reason;
+  }
+
+  /**
+   * Copies a file or folder of the guest into a directory of this host, which is made if need be. Links that lead outside
+   * of that and special files throw `ArchiveError`.
+   */
+  async download(path: string, directory: string): Promise<void> {
+    await untar(chunks(await this.readArchive(path)), directory);
+  }
+
+  /** A file or folder as a tar stream, whose entries start with its name. */
+  async readArchive(path: string): Promise<ReadableStream<Uint8Array>> {
+    const request = { method: "GET", path: this.path("/archive", { path }) };
+    const [response] = await this.controller.transport.open(request, true);
+    return response.body as ReadableStream<Uint8Array>;
+  }
+
+  /**
+   * Unpacks a tar stream into a directory, which is made if need be; `owners` gives files the owners that the stream
+   * names.
+   */
+  async writeArchive(
+    directory: string,
+    tar: Uint8Array | ReadableStream<Uint8Array>,
+    options: { owners?: boolean } = {},
+  ): Promise<void> {
+    await this.mkdir(directory);
+    await this.putArchive(directory, tar, options);
+  }
+
+  private async putArchive(
+    directory: string,
+    tar: Uint8Array | ReadableStream<Uint8Array>,
+    options: { owners?: boolean } = {},
+  ): Promise<void> {
+    const query = { path: directory, owners: options.owners ? "true" : undefined };
+    const [response] = await this.controller.transport.open(
+      { method: "PUT", path: this.path("/archive", query), content: tar },
+      true,
+    );
+    await response.text();
   }
 
   /** Changes as they happen, until the iteration is given up or `signal` aborts. */

@@ -9,6 +9,9 @@ import type {
   EvalOptions,
   ExecOptions,
   ExecResult,
+  ForkOptions,
+  Lifetime,
+  MakingOptions,
   PingResult,
   SandboxInfo,
   SnapshotInfo,
@@ -26,7 +29,8 @@ export class Sandbox {
   /** The sandbox that `info` is about. */
   constructor(
     readonly controller: Controller,
-    readonly info: SandboxInfo,
+    /** What the daemon last said about it. */
+    public info: SandboxInfo,
   ) {
     this.commands = new Commands(controller, info.id);
     this.files = new Files(controller, info.id);
@@ -34,8 +38,8 @@ export class Sandbox {
 
   /** Forks one child of a snapshot. */
   static async create(options: SandboxOptions): Promise<Sandbox> {
-    const { baseUrl, token, timeoutMs, fetch, ...spawn } = options;
-    const connection = { baseUrl, token, timeoutMs, fetch };
+    const { baseUrl, token, timeoutMs, retries, fetch, ...spawn } = options;
+    const connection = { baseUrl, token, timeoutMs, retries, fetch };
     const given = Object.entries(connection).filter(([, value]) => value !== undefined);
     return Sandbox.on(new Controller(Object.fromEntries(given) as ControllerOptions), spawn);
   }
@@ -111,14 +115,14 @@ export class Sandbox {
   }
 
   /** A running copy of it as it is now. */
-  async fork(options: { memoryLimitMib?: number } = {}): Promise<Sandbox> {
+  async fork(options: ForkOptions = {}): Promise<Sandbox> {
     const [copy] = await this.forkMany(1, options);
     if (copy === undefined) throw new Error(`the daemon made no copy of ${this.id}`);
     return copy;
   }
 
   /** `n` running copies, all of one instant. */
-  async forkMany(n: number, options: { memoryLimitMib?: number } = {}): Promise<Sandbox[]> {
+  async forkMany(n: number, options: ForkOptions = {}): Promise<Sandbox[]> {
     const copies = await this.controller.forkSandbox(this.id, { ...options, n });
     return copies.map((info) => new Sandbox(this.controller, info));
   }
@@ -129,7 +133,7 @@ export class Sandbox {
   }
 
   /** Freezes it as it is now, to come back to. */
-  checkpoint(name?: string, options: { disk?: boolean } = {}): Promise<CheckpointInfo> {
+  checkpoint(name?: string, options: MakingOptions & { disk?: boolean } = {}): Promise<CheckpointInfo> {
     return this.controller.checkpointSandbox(this.id, { ...options, ...(name !== undefined && { name }) });
   }
 
@@ -141,6 +145,16 @@ export class Sandbox {
   /** Brings it back to a checkpoint: by name, or that many back; the newest without either. */
   rewind(to: string | { name?: string; back?: number } = {}): Promise<CheckpointInfo> {
     return this.controller.rewindSandbox(this.id, typeof to === "string" ? { name: to } : to);
+  }
+
+  /** Lets it end this long after now; with null it lives until it is ended. */
+  async setTimeout(timeoutSecs: number | null, onTimeout?: Lifetime["onTimeout"]): Promise<void> {
+    this.info = await this.controller.setTimeout(this.id, timeoutSecs, onTimeout);
+  }
+
+  /** Puts it on disk as a snapshot, and ends it. */
+  suspend(options: MakingOptions = {}): Promise<SnapshotInfo> {
+    return this.controller.suspendSandbox(this.id, options);
   }
 
   /** Ends it. Ending one that has ended already is no error. */

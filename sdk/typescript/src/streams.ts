@@ -1,6 +1,7 @@
 /** What streams carry: programs' output, and changes of files. */
 
 import { StreamError } from "./errors.js";
+import type { DaemonEvent } from "./types.js";
 
 /** One event of a program. */
 export type ExecEvent =
@@ -44,20 +45,46 @@ export function fileChange(line: string): FileChange | undefined {
   return data as unknown as FileChange;
 }
 
+/** What one line of the daemon's events says. Each event is one line of data. */
+export interface ServerLine {
+  /** The id to come again with. */
+  lastId?: number;
+  /** When to come again. */
+  retryMs?: number;
+  event?: DaemonEvent;
+}
+
+/** Reads a line of the daemon's events; what is not known says nothing. */
+export function serverLine(line: string): ServerLine {
+  const [, field, value] = /^(\w*):? ?(.*?)\r?$/.exec(line) ?? [];
+  if (field === "data") return { event: JSON.parse(value ?? "") as DaemonEvent };
+  if (!/^\d+$/.test(value ?? "")) return {};
+  if (field === "id") return { lastId: Number(value) };
+  return field === "retry" ? { retryMs: Number(value) } : {};
+}
+
 /** The lines of an answer as they come, empty ones left out. */
 export async function* lines(response: Response): AsyncGenerator<string> {
   if (response.body === null) return;
-  const reader = response.body.getReader() as ReadableStreamDefaultReader<Uint8Array>;
   const decoder = new TextDecoder();
   let pending = "";
+  for await (const piece of chunks(response.body as ReadableStream<Uint8Array>)) {
+    const complete = (pending + decoder.decode(piece, { stream: true })).split("\n");
+    pending = complete.pop() ?? "";
+    for (const line of complete) if (line.trim() !== "") yield line;
+  }
+  const last = pending + decoder.decode();
+  if (last.trim() !== "") yield last;
+}
+
+/** The pieces of a body as they come. Node 18 has no `for await` for the streams that browsers have. */
+export async function* chunks(body: ReadableStream<Uint8Array>): AsyncGenerator<Uint8Array> {
+  const reader = body.getReader();
   try {
     for (;;) {
       const { done, value } = await reader.read();
-      pending += done ? decoder.decode() : decoder.decode(value, { stream: true });
-      const complete = pending.split("\n");
-      pending = done ? "" : (complete.pop() ?? "");
-      for (const line of complete) if (line.trim() !== "") yield line;
       if (done) return;
+      yield value;
     }
   } finally {
     // Given up early, the answer is not wanted any more.

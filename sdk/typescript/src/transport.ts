@@ -1,10 +1,14 @@
 /** Sends requests; over TCP by `fetch`, over a unix socket by `node:http`. */
 
+import { randomUUID } from "node:crypto";
 import { request as httpRequest } from "node:http";
 import { Readable } from "node:stream";
+import { pipeline } from "node:stream/promises";
+import { setTimeout as pause } from "node:timers/promises";
 
 import { type Address, resolveAddress, resolveToken } from "./address.js";
 import { ControllerError, DaemonUnreachableError } from "./errors.js";
+import { pauseMs } from "./retries.js";
 
 /** How a daemon is reached. */
 export interface ConnectionOptions {
@@ -14,6 +18,11 @@ export interface ConnectionOptions {
   token?: string;
   /** How long an answer may take; 60000 unless said. */
   timeoutMs?: number;
+  /**
+   * How often a request whose connection breaks, or that the daemon asks to send again, is sent again; 3 unless said.
+   * Only requests that read are, and those that make something, which carry an idempotency key for it.
+   */
+  retries?: number;
   /** Used instead of the global `fetch`. */
   fetch?: typeof fetch;
 }
@@ -25,7 +34,11 @@ export interface Outgoing {
   /** Sent as JSON. */
   json?: unknown;
   /** Sent as it is. */
-  content?: Uint8Array | string;
+  content?: Uint8Array | string | ReadableStream<Uint8Array>;
+  /** It makes something: the daemon does it once for each key, and it gets one where none is given. */
+  makes?: { idempotencyKey?: string | undefined };
+  /** The event of a stream that was seen last. */
+  lastEventId?: number | undefined;
   /** The answer may take at least this long. */
   leastTimeoutMs?: number;
   /** Ends the request early. */
@@ -35,6 +48,7 @@ export interface Outgoing {
 export class Transport {
   readonly address: Address;
   readonly timeoutMs: number;
+  readonly retries: number;
   readonly token: string | undefined;
   private readonly fetch: typeof fetch;
 
@@ -42,6 +56,7 @@ export class Transport {
     this.address = resolveAddress(options.baseUrl);
     this.token = resolveToken(options.token);
     this.timeoutMs = options.timeoutMs ?? 60_000;
+    this.retries = options.retries ?? 3;
     const socket = this.address.socket;
     this.fetch = options.fetch ?? (socket === undefined ? (...args) => fetch(...args) : unixFetch(socket));
   }
@@ -51,17 +66,38 @@ export class Transport {
     return this.token === undefined ? {} : { Authorization: `Bearer ${this.token}` };
   }
 
-  /** Sends a request and parses its answer; null when it is empty. */
-  async call<T>(outgoing: Outgoing): Promise<T> {
-    const [response, url] = await this.open(outgoing);
-    return (await body(response, url)) as T;
+  /** Sends a request, more than once if need be, and parses its answer; null when it is empty. */
+  call<T>(outgoing: Outgoing): Promise<T> {
+    return this.whole(outgoing, async (response, url) => (await body(response, url)) as T);
+  }
+
+  /** Sends a request, more than once if need be, and reads all of its answer with `read`. */
+  async whole<T>(outgoing: Outgoing, read: (response: Response, url: string) => Promise<T>): Promise<T> {
+    const { makes } = outgoing;
+    const keyed =
+      makes !== undefined && makes.idempotencyKey === undefined && this.retries > 0
+        ? { ...outgoing, makes: { idempotencyKey: randomUUID() } }
+        : outgoing;
+    const repeatable = keyed.method === "GET" || keyed.makes?.idempotencyKey !== undefined;
+    for (let attempt = 0; ; attempt++) {
+      try {
+        const [response, url] = await this.open(keyed);
+        return await read(response, url);
+      } catch (error) {
+        const wait = repeatable && attempt < this.retries ? pauseMs(error, attempt) : undefined;
+        if (wait === undefined) throw error;
+        await pause(wait);
+      }
+    }
   }
 
   /** Sends a request; the answer's body is still to be read. A status outside 2xx throws. */
   async open(outgoing: Outgoing, unlimited = false): Promise<[Response, string]> {
     const url = this.address.base + outgoing.path;
     const headers = this.headers();
-    let content: Uint8Array | string | undefined = outgoing.content;
+    if (outgoing.makes?.idempotencyKey !== undefined) headers["Idempotency-Key"] = outgoing.makes.idempotencyKey;
+    if (outgoing.lastEventId !== undefined) headers["Last-Event-ID"] = String(outgoing.lastEventId);
+    let content = outgoing.content;
     if (outgoing.json !== undefined) {
       content = JSON.stringify(outgoing.json);
       headers["Content-Type"] = "application/json";
@@ -70,7 +106,8 @@ export class Transport {
     }
     const limits: AbortSignal[] = outgoing.signal ? [outgoing.signal] : [];
     if (!unlimited) limits.push(AbortSignal.timeout(Math.max(this.timeoutMs, outgoing.leastTimeoutMs ?? 0)));
-    const init: RequestInit = { method: outgoing.method, headers };
+    const init: RequestInit & { duplex?: "half" } = { method: outgoing.method, headers };
+    if (content instanceof ReadableStream) init.duplex = "half";
     const signal = anyOf(limits);
     if (signal !== undefined) init.signal = signal;
     if (content !== undefined) init.body = content as NonNullable<RequestInit["body"]>;
@@ -95,7 +132,9 @@ async function body(response: Response, url: string): Promise<unknown> {
   } catch {
     // It stays text.
   }
-  throw new ControllerError(response.status, parsed, url);
+  const retryAfter = response.headers.get("Retry-After");
+  const seconds = retryAfter !== null && /^\d+$/.test(retryAfter) ? Number(retryAfter) : undefined;
+  throw new ControllerError(response.status, parsed, url, seconds);
 }
 
 function refused(error: unknown): boolean {
@@ -143,6 +182,12 @@ function unixFetch(socketPath: string): typeof fetch {
         },
       );
       request.on("error", reject);
-      request.end((init.body as string | Uint8Array | null | undefined) ?? undefined);
+      const content = init.body as string | Uint8Array | ReadableStream | null | undefined;
+      if (content instanceof ReadableStream) {
+        // A request that has failed has said so itself.
+        pipeline(Readable.fromWeb(content as Parameters<typeof Readable.fromWeb>[0]), request).catch(reject);
+      } else {
+        request.end(content ?? undefined);
+      }
     });
 }

@@ -90,6 +90,40 @@ test("the ten calls send what daemons have always got", async () => {
   sent("DELETE", "/v1/snapshots/py?cascade=true");
 });
 
+test("lifetimes, workspaces and the whole send what the API has", async () => {
+  answers(200, []);
+  const options = { timeoutSecs: 0.5, onTimeout: "suspend", autoCheckpoint: "exec" };
+  await controller.spawnSandboxes({ snapshotTag: "py", ...options });
+  const lifetime = { timeout_secs: 1, on_timeout: "suspend", auto_checkpoint: "exec" };
+  sent("POST", "/v1/sandboxes", { snapshot_tag: "py", n: 1, per_child_netns: false, ...lifetime });
+  await controller.forkSandbox("sb-1", { n: 2, timeoutSecs: 60 });
+  sent("POST", "/v1/sandboxes/sb-1/fork", { n: 2, timeout_secs: 60 });
+  await controller.setTimeout("sb-1", 7, "kill");
+  sent("POST", "/v1/sandboxes/sb-1/timeout", { timeout_secs: 7, on_timeout: "kill" });
+  await controller.setTimeout("sb-1", null);
+  sent("POST", "/v1/sandboxes/sb-1/timeout", { timeout_secs: null });
+  await controller.suspendSandbox("sb-1");
+  sent("POST", "/v1/sandboxes/sb-1/suspend");
+  await controller.createSnapshot({ tag: "t", kernel: "/k", rootfs: "/r", bootWaitSecs: 20 });
+  sent("POST", "/v1/snapshots", { tag: "t", kernel: "/k", rootfs: "/r", boot_wait_secs: 20 });
+  await controller.createWorkspace({ name: "w", snapshotTag: "py", idleSuspendSecs: 0 });
+  sent("POST", "/v1/workspaces", { name: "w", snapshot_tag: "py", idle_suspend_secs: 0 });
+  await controller.listWorkspaces();
+  sent("GET", "/v1/workspaces");
+  await controller.getWorkspace("w/x");
+  sent("GET", "/v1/workspaces/w%2Fx");
+  await controller.suspendWorkspace("w");
+  sent("POST", "/v1/workspaces/w/suspend", {});
+  await controller.resumeWorkspace("w");
+  sent("POST", "/v1/workspaces/w/resume");
+  await controller.deleteWorkspace("w");
+  sent("DELETE", "/v1/workspaces/w");
+  await controller.usage();
+  sent("GET", "/v1/usage");
+  await controller.tree();
+  sent("GET", "/v1/tree");
+});
+
 test("a refusal carries what was said", async () => {
   answers(404, { error: "sandbox sb-1 not found", code: "sandbox_not_found" });
   await assert.rejects(controller.getSandbox("sb-1"), (error) => {

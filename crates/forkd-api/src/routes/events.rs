@@ -40,8 +40,10 @@ pub(crate) async fn follow(
 ) -> ApiResult<Sse<impl Stream<Item = Result<Line, Infallible>>>> {
     let after = last_event_id(&headers)?.or(query.after);
     let listener = api.node.listen(after, query.sandbox);
-    // The first comment goes out at once: a client sees that it is connected.
-    let hello = stream::once(async { Line::default().comment("forkd events").retry(RETRY) });
+    // The first line goes out at once: a client sees that it is connected, and where it is in the order of events, so
+    // that it misses nothing even when its connection breaks before the first.
+    let here = listener.last().to_string();
+    let hello = stream::once(async { Line::default().comment("forkd events").id(here).retry(RETRY) });
     let lines = hello.chain(told(listener).map(|event| line(&event))).map(Ok);
     Ok(Sse::new(lines).keep_alive(KeepAlive::new().interval(KEEP_ALIVE).text("still here")))
 }

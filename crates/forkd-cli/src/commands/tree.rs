@@ -22,6 +22,9 @@ pub(crate) struct TreeArgs {
 struct Member {
     kind: FamilyKind,
     name: String,
+    /// What it came from, where it does not hang from that.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    from: Option<String>,
     /// Age, memory, pause: what a person wants to know of it.
     about: String,
     children: Vec<Member>,
@@ -45,12 +48,12 @@ impl TreeArgs {
 
 impl Member {
     fn of(member: FamilyMember) -> Self {
-        let FamilyMember { kind, name, snapshot, sandbox, private_bytes, checkpoint, children } = member;
+        let FamilyMember { kind, name, from, snapshot, sandbox, private_bytes, checkpoint, children } = member;
         let snapshot = snapshot.iter().flat_map(|info| about_snapshot(info));
         let sandbox = sandbox.iter().flat_map(|info| about_sandbox(info, private_bytes));
         let checkpoint = checkpoint.iter().flat_map(|info| about_checkpoint(info));
         let about: Vec<String> = snapshot.chain(sandbox).chain(checkpoint).collect();
-        Self { kind, name, about: about.join(", "), children: children.into_iter().map(Self::of).collect() }
+        Self { kind, name, from, about: about.join(", "), children: children.into_iter().map(Self::of).collect() }
     }
 }
 
@@ -88,7 +91,11 @@ fn draw_below(member: &Member, first: &str, rest: &str, lines: &mut String) {
         FamilyKind::Sandbox => "●",
         FamilyKind::Checkpoint => "◌",
     };
-    lines.push_str(&format!("{first}{sign} {}  {}\n", member.name, member.about));
+    let name = match &member.from {
+        Some(from) => format!("{} (from {from})", member.name),
+        None => member.name.clone(),
+    };
+    lines.push_str(&format!("{first}{sign} {name}  {}\n", member.about));
     for (index, child) in member.children.iter().enumerate() {
         let last = index + 1 == member.children.len();
         let (branch, stem) = if last { ("└─", "  ") } else { ("├─", "│ ") };
@@ -116,12 +123,12 @@ mod tests {
         });
         let root: FamilyMember = serde_json::from_value(serde_json::json!({
             "kind": "sandbox", "name": "sb-7-0001", "sandbox": sandbox, "private_bytes": 2097152,
-            "children": [point, shot],
+            "children": [point, shot], "from": "sb-7-0000",
         }))
         .expect("what the daemon tells");
         let drawn = draw(&Member::of(root));
         let names: Vec<&str> = drawn.lines().filter_map(|line| Some(line.rsplit_once("  ")?.0)).collect();
-        assert_eq!(names, ["● sb-7-0001", "├─◌ cp-1", "└─◆ shot"], "{drawn}");
+        assert_eq!(names, ["● sb-7-0001 (from sb-7-0000)", "├─◌ cp-1", "└─◆ shot"], "{drawn}");
         for said in ["2 MiB private", "1 MiB in disk, source stood still 5 µs", "source stood still 3 ms"] {
             assert!(drawn.contains(said), "{said} is not in\n{drawn}");
         }

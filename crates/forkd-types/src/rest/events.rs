@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::limits::EndCode;
 use crate::{SandboxId, Tag};
 
 /// What kind of thing happened.
@@ -124,6 +125,9 @@ pub struct Event {
     /// Why.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
+    /// How a machine ended, for programs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub code: Option<EndCode>,
 }
 
 #[cfg(test)]

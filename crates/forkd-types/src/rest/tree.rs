@@ -8,9 +8,13 @@ use super::{CheckpointInfo, SandboxInfo, SnapshotInfo};
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct Family {
-    /// What derives from nothing that is still there, snapshots first.
+    /// What derives from nothing that is still there, snapshots first; then what was cut off a tree for its depth.
     pub roots: Vec<FamilyMember>,
 }
+
+/// How many members hang below one another at most. What hangs lower is a root of its own, whose `from` says where it
+/// belongs: readers of JSON refuse what is nested deeply, at 128 levels for example, and a member is two of them.
+pub const TREE_DEPTH: usize = 48;
 
 /// What a member of the family is.
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
@@ -34,6 +38,9 @@ pub struct FamilyMember {
     pub kind: FamilyKind,
     /// Its tag, id or name.
     pub name: String,
+    /// What it came from, where it does not hang from that: it is a root only because its tree would be too deep.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<String>,
     /// The snapshot.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub snapshot: Option<Box<SnapshotInfo>>,
@@ -55,18 +62,19 @@ impl FamilyMember {
     /// A snapshot and what came from it.
     pub fn snapshot(info: SnapshotInfo, children: Vec<Self>) -> Self {
         let (kind, name, snapshot) = (FamilyKind::Snapshot, info.tag.to_string(), Some(Box::new(info)));
-        Self { kind, name, snapshot, sandbox: None, private_bytes: None, checkpoint: None, children }
+        Self { kind, name, from: None, snapshot, sandbox: None, private_bytes: None, checkpoint: None, children }
     }
 
     /// A sandbox and what came from it.
     pub fn sandbox(info: SandboxInfo, private_bytes: Option<u64>, children: Vec<Self>) -> Self {
         let (kind, name, sandbox) = (FamilyKind::Sandbox, info.id.to_string(), Some(Box::new(info)));
-        Self { kind, name, snapshot: None, sandbox, private_bytes, checkpoint: None, children }
+        Self { kind, name, from: None, snapshot: None, sandbox, private_bytes, checkpoint: None, children }
     }
 
     /// A checkpoint.
     pub fn checkpoint(info: CheckpointInfo) -> Self {
         let (kind, name, checkpoint) = (FamilyKind::Checkpoint, info.name.clone(), Some(Box::new(info)));
-        Self { kind, name, snapshot: None, sandbox: None, private_bytes: None, checkpoint, children: Vec::new() }
+        let (snapshot, sandbox, private_bytes, children) = (None, None, None, Vec::new());
+        Self { kind, name, from: None, snapshot, sandbox, private_bytes, checkpoint, children }
     }
 }

@@ -13,7 +13,7 @@ from .errors import MissingExtra, answer
 if TYPE_CHECKING:
     from websockets.asyncio.client import ClientConnection
 
-    from .aio import AsyncController
+    from ._aio_controller import AsyncController
 
 
 class AsyncProcess:

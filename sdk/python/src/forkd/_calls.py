@@ -4,8 +4,9 @@ and the asynchronous client say the same."""
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from typing import Any, Dict, Generic, List, Mapping, Optional, Sequence, Tuple, TypeVar, Union
+import uuid
+from dataclasses import dataclass, replace
+from typing import IO, Any, Dict, Generic, List, Mapping, Optional, Sequence, Tuple, TypeVar, Union
 from urllib.parse import quote, urlencode
 
 from .types import (
@@ -13,9 +14,12 @@ from .types import (
     CheckpointInfo,
     EvalAnswer,
     ExecAnswer,
+    Family,
     FileInfo,
+    OnTimeout,
     SandboxInfo,
     SandboxMemory,
+    SandboxUsage,
     SnapshotInfo,
 )
 
@@ -27,6 +31,9 @@ Command = Union[str, Sequence[str]]
 Content = Union[str, bytes]
 """What is written to a file; text as UTF-8."""
 
+BOOT_TIME = 300.0
+"""How long the answer to a request that boots a machine may take at least, in seconds."""
+
 GRACE = 10.0
 """How much longer than a program's own time limit its answer may take, in seconds."""
 
@@ -37,10 +44,34 @@ class Call(Generic[T]):
 
     method: str
     path: str
-    body: Optional[bytes] = None
+    body: Union[bytes, IO[bytes], None] = None
     content_type: Optional[str] = None
     least_timeout: Optional[float] = None
     """The answer may take at least this long, however short the client's own limit is."""
+    makes: bool = False
+    """Whether it makes something, so that the daemon does it once for each idempotency key."""
+    key: Optional[str] = None
+    """Its idempotency key."""
+    last_event_id: Optional[int] = None
+    """The event of a stream that was seen last."""
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether sending it twice does no more than sending it once."""
+        return self.method == "GET" or self.key is not None
+
+    def keyed(self) -> Call[T]:
+        """Itself, with an idempotency key if that is what makes it repeatable."""
+        return replace(self, key=str(uuid.uuid4())) if self.makes and self.key is None else self
+
+    def headers(self) -> Dict[str, str]:
+        """The headers that are its own."""
+        headers = {
+            "Content-Type": self.content_type,
+            "Idempotency-Key": self.key,
+            "Last-Event-ID": None if self.last_event_id is None else str(self.last_event_id),
+        }
+        return {name: value for name, value in headers.items() if value is not None}
 
     def timeout(self, own: Optional[float]) -> Optional[float]:
         """How long to wait, where the client would wait for ``own``."""
@@ -69,6 +100,13 @@ def post(path: str, body: Mapping[str, Any], least_timeout: Optional[float] = No
     return Call("POST", path, json.dumps(body).encode(), "application/json", least_timeout)
 
 
+def make(
+    path: str, body: Mapping[str, Any], key: Optional[str], least_timeout: Optional[float] = None
+) -> Call[Any]:
+    """A request with a JSON body that makes something."""
+    return replace(post(path, body, least_timeout), makes=True, key=key)
+
+
 def argv(command: Command) -> List[str]:
     """The program and its arguments that ``command`` means."""
     return ["/bin/sh", "-c", command] if isinstance(command, str) else list(command)
@@ -92,8 +130,27 @@ def snapshot_info(tag: str) -> Call[Dict[str, Any]]:
     return Call("GET", f"/v1/snapshots/{segment(tag)}/info")
 
 
-def compact_snapshot(tag: str, to: str) -> Call[SnapshotInfo]:
-    return post(f"/v1/snapshots/{segment(tag)}/compact", {"to": to})
+def create_snapshot(
+    tag: str, kernel: str, rootfs: str, boot_wait_secs: Optional[int], key: Optional[str]
+) -> Call[SnapshotInfo]:
+    body = {"tag": tag, "kernel": kernel, "rootfs": rootfs, **present(boot_wait_secs=boot_wait_secs)}
+    return make("/v1/snapshots", body, key, BOOT_TIME)
+
+
+def compact_snapshot(tag: str, to: str, key: Optional[str]) -> Call[SnapshotInfo]:
+    return make(f"/v1/snapshots/{segment(tag)}/compact", {"to": to}, key)
+
+
+def usage() -> Call[List[SandboxUsage]]:
+    return Call("GET", "/v1/usage")
+
+
+def tree() -> Call[Family]:
+    return Call("GET", "/v1/tree")
+
+
+def events(sandbox_id: Optional[str], last_event_id: Optional[int]) -> Call[None]:
+    return Call("GET", f"/v1/events{query({'sandbox': sandbox_id})}", last_event_id=last_event_id)
 
 
 def spawn(
@@ -103,12 +160,13 @@ def spawn(
     memory_limit_mib: Optional[int],
     flags: Mapping[str, bool],
     more: Mapping[str, Any],
+    key: Optional[str],
 ) -> Call[List[SandboxInfo]]:
     body: Dict[str, Any] = {"snapshot_tag": snapshot_tag, "n": n, "per_child_netns": per_child_netns}
     body.update(present(memory_limit_mib=memory_limit_mib))
     body.update({name: True for name, value in flags.items() if value})
     body.update(present(**more))
-    return post("/v1/sandboxes", body)
+    return make("/v1/sandboxes", body, key)
 
 
 def list_sandboxes() -> Call[List[SandboxInfo]]:
@@ -136,6 +194,7 @@ def branch(
     mode: Optional[BranchMode],
     wait: bool,
     parent_tag: Optional[str],
+    key: Optional[str],
 ) -> Call[SnapshotInfo]:
     body = present(tag=tag, mode=mode, parent_tag=parent_tag)
     if mode is None and diff:
@@ -144,15 +203,40 @@ def branch(
         body["measure_diff"] = True
     if not wait:
         body["wait"] = False
-    return post(sandbox(sandbox_id, "/branch"), body)
+    return make(sandbox(sandbox_id, "/branch"), body, key)
 
 
-def fork(sandbox_id: str, n: int, memory_limit_mib: Optional[int]) -> Call[List[SandboxInfo]]:
-    return post(sandbox(sandbox_id, "/fork"), {"n": n, **present(memory_limit_mib=memory_limit_mib)})
+def fork(
+    sandbox_id: str,
+    n: int,
+    memory_limit_mib: Optional[int],
+    timeout_secs: Optional[float],
+    on_timeout: Optional[OnTimeout],
+    key: Optional[str],
+) -> Call[List[SandboxInfo]]:
+    more = present(memory_limit_mib=memory_limit_mib, **lifetime(timeout_secs, on_timeout))
+    return make(sandbox(sandbox_id, "/fork"), {"n": n, **more}, key)
 
 
-def checkpoint(sandbox_id: str, name: Optional[str], disk: bool) -> Call[CheckpointInfo]:
-    return post(sandbox(sandbox_id, "/checkpoints"), present(name=name, disk=disk or None))
+def lifetime(timeout_secs: Optional[float], on_timeout: Optional[OnTimeout]) -> Dict[str, Any]:
+    """The fields that say when a sandbox ends by itself, and how."""
+    return present(timeout_secs=None if timeout_secs is None else whole_seconds(timeout_secs), on_timeout=on_timeout)
+
+
+def set_timeout(
+    sandbox_id: str, timeout_secs: Optional[float], on_timeout: Optional[OnTimeout]
+) -> Call[SandboxInfo]:
+    # Null takes the lifetime away, so that it is written.
+    body = {"timeout_secs": None, **lifetime(timeout_secs, on_timeout)}
+    return post(sandbox(sandbox_id, "/timeout"), body)
+
+
+def suspend(sandbox_id: str, key: Optional[str]) -> Call[SnapshotInfo]:
+    return Call("POST", sandbox(sandbox_id, "/suspend"), makes=True, key=key)
+
+
+def checkpoint(sandbox_id: str, name: Optional[str], disk: bool, key: Optional[str]) -> Call[CheckpointInfo]:
+    return make(sandbox(sandbox_id, "/checkpoints"), present(name=name, disk=disk or None), key)
 
 
 def checkpoints(sandbox_id: str) -> Call[List[CheckpointInfo]]:
@@ -240,6 +324,15 @@ def move_file(sandbox_id: str, source: str, target: str) -> Call[None]:
 
 def remove_file(sandbox_id: str, path: str, recursive: bool) -> Call[None]:
     return Call("DELETE", files(sandbox_id, "", {"path": path, "recursive": recursive or None}))
+
+
+def read_archive(sandbox_id: str, path: str) -> Call[bytes]:
+    return Call("GET", files(sandbox_id, "/archive", {"path": path}))
+
+
+def write_archive(sandbox_id: str, path: str, tar: Union[bytes, IO[bytes]], owners: bool) -> Call[None]:
+    target = files(sandbox_id, "/archive", {"path": path, "owners": owners or None})
+    return Call("PUT", target, tar, "application/octet-stream")
 
 
 def watch_files(sandbox_id: str, path: str, recursive: bool) -> Call[None]:

@@ -9,7 +9,7 @@ from typing import Any, Dict, Iterator, Mapping, Optional, Sequence, Tuple, Unio
 
 from ._calls import present, whole_seconds
 from .errors import StreamError
-from .types import FileChange
+from .types import Event, FileChange
 
 STDIN = b"\x00"
 """First byte of a message of standard input; alone it ends the input."""
@@ -95,6 +95,29 @@ def signal_message(signal: Union[int, str]) -> str:
 def resize_message(rows: int, columns: int) -> str:
     """Asks for another size of the terminal."""
     return json.dumps({"type": "resize", **size(rows, columns)})
+
+
+@dataclass(frozen=True)
+class ServerLine:
+    """What one line of a stream of server-sent events says."""
+
+    last_id: Optional[int] = None
+    """The id to come again with."""
+    retry_secs: Optional[float] = None
+    """When to come again."""
+    event: Optional[Event] = None
+
+
+def server_line(line: str) -> ServerLine:
+    """A line of the daemon's events. Each event is one line of data; what is not known says nothing."""
+    field, _, value = line.rstrip("\r\n").partition(":")
+    value = value[1:] if value.startswith(" ") else value
+    if field == "data":
+        event = cast(Event, json.loads(value))
+        return ServerLine(last_id=event["id"], event=event)
+    if field in ("id", "retry") and value.isdigit():
+        return ServerLine(last_id=int(value)) if field == "id" else ServerLine(retry_secs=int(value) / 1000)
+    return ServerLine()
 
 
 def file_change(line: str) -> Optional[FileChange]:

@@ -6,7 +6,7 @@ import http.client
 import socket
 import urllib.error
 import urllib.request
-from typing import IO, Any, Dict, Optional, cast
+from typing import IO, Any, Dict, Mapping, Optional, Union, cast
 
 from ._address import Address
 from .errors import DaemonUnreachable, answer
@@ -48,19 +48,21 @@ class Transport:
         self._opener = urllib.request.build_opener(*handlers)
 
     def open(
-        self, method: str, path: str, body: Optional[bytes], content_type: Optional[str], timeout: Optional[float]
+        self,
+        method: str,
+        path: str,
+        body: Union[bytes, IO[bytes], None],
+        headers: Mapping[str, str],
+        timeout: Optional[float],
     ) -> IO[bytes]:
         """Sends a request and returns the answer's body as it comes; a status outside 2xx raises."""
         url = f"{self.address.base}{path}"
-        headers = dict(self.headers)
-        if content_type is not None:
-            headers["Content-Type"] = content_type
-        request = urllib.request.Request(url, data=body, method=method, headers=headers)
+        request = urllib.request.Request(url, data=body, method=method, headers={**self.headers, **headers})
         try:
             return cast(IO[bytes], self._opener.open(request, timeout=timeout))
         except urllib.error.HTTPError as error:
             with error:
-                answer(error.code, error.read(), url)
+                answer(error.code, error.read(), url, error.headers.get("Retry-After"))
             raise
         except urllib.error.URLError as error:
             if isinstance(error.reason, (ConnectionRefusedError, FileNotFoundError)):

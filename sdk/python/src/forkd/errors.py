@@ -11,11 +11,13 @@ class ControllerError(RuntimeError):
     """The daemon refused a request.
 
     ``status`` is the HTTP status, ``body`` the parsed body (text when it was not JSON), ``code`` the daemon's stable
-    code for the cause (for example ``sandbox_not_found``) and ``message`` its words.
+    code for the cause (for example ``sandbox_not_found``) and ``message`` its words. ``retry_after`` is when to come
+    again, in seconds, if the daemon says so.
     """
 
-    def __init__(self, status: int, body: Any, url: str) -> None:
+    def __init__(self, status: int, body: Any, url: str, retry_after: Optional[float] = None) -> None:
         self.status = status
+        self.retry_after = retry_after
         self.body = body
         self.url = url
         said = body if isinstance(body, dict) else {}
@@ -74,12 +76,14 @@ class MissingExtra(ImportError):
         super().__init__(f"{what} needs the package {package}: pip install 'forkd[{extra}]'")
 
 
-def answer(status: int, raw: bytes, url: str) -> Any:
-    """The value of an answer: parsed JSON, ``None`` for an empty body; a status outside 2xx raises."""
+def answer(status: int, raw: bytes, url: str, retry_after: Optional[str] = None) -> Any:
+    """The value of an answer: parsed JSON, ``None`` for an empty body; a status outside 2xx raises. ``retry_after`` is
+    its header of that name."""
     if 200 <= status < 300:
         return json.loads(raw) if raw else None
     try:
         body: Any = json.loads(raw) if raw else {}
     except ValueError:
         body = raw.decode(errors="replace")
-    raise ControllerError(status, body, url)
+    seconds = float(retry_after) if retry_after is not None and retry_after.isdigit() else None
+    raise ControllerError(status, body, url, seconds)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Iterator, List, Optional, TypeVar
+import shutil
+from typing import IO, TYPE_CHECKING, Iterator, List, Optional, TypeVar, Union
 
-from . import _calls, _streams
+from . import _archive, _calls, _streams
 from ._calls import Call, Content
 from .errors import ControllerError
 from .types import FileChange, FileInfo
@@ -24,8 +25,7 @@ class Files:
     def read(self, path: str) -> bytes:
         """A file's content."""
         sandbox = self._sandbox
-        with sandbox.controller.open(_calls.read_file(sandbox.id, path)) as stream:
-            return stream.read()
+        return sandbox.controller.fetch(_calls.read_file(sandbox.id, path))
 
     def read_text(self, path: str, encoding: str = "utf-8") -> str:
         """A file's content as text."""
@@ -64,6 +64,33 @@ class Files:
     def remove(self, path: str, *, recursive: bool = False) -> None:
         """Removes a file, or with ``recursive`` a directory with all that is in it."""
         self._call(_calls.remove_file(self._sandbox.id, path, recursive))
+
+    def upload(self, source: _archive.LocalPath, directory: str) -> None:
+        """Copies a file or folder of this host into a directory of the guest, which is made if need be: ``site`` into
+        ``/srv`` is ``/srv/site`` there. Permissions and times stay, owners do not."""
+        with _archive.pack(source) as stream:
+            self.write_archive(directory, stream)
+
+    def download(self, path: str, directory: _archive.LocalPath) -> None:
+        """Copies a file or folder of the guest into a directory of this host, which is made if need be. Links that lead
+        outside of it and special files raise ``tarfile.FilterError``."""
+        with self.read_archive(path) as stream:
+            _archive.unpack(stream, directory)
+
+    def read_archive(self, path: str) -> IO[bytes]:
+        """A file or folder as a tar stream, whose entries start with its name."""
+        sandbox = self._sandbox
+        kept = _archive.spool()
+        with sandbox.controller.open(_calls.read_archive(sandbox.id, path)) as stream:
+            shutil.copyfileobj(stream, kept, _archive.PIECE)
+        kept.seek(0)
+        return kept
+
+    def write_archive(self, directory: str, tar: Union[bytes, IO[bytes]], *, owners: bool = False) -> None:
+        """Unpacks a tar stream into a directory, which is made if need be; ``owners`` gives files the owners that the
+        stream names."""
+        self.mkdir(directory)
+        self._call(_calls.write_archive(self._sandbox.id, directory, tar, owners))
 
     def watch(self, path: str, *, recursive: bool = False) -> Iterator[FileChange]:
         """Yields changes as they happen, until the iteration is given up."""

@@ -14,7 +14,7 @@ from .controller import Controller
 from .errors import ControllerError, EvalError, NotOverRest
 from .files import Files
 from .process import Process
-from .types import BranchMode, CheckpointInfo, SandboxInfo, SnapshotInfo
+from .types import BranchMode, CheckpointInfo, OnTimeout, SandboxInfo, SnapshotInfo
 
 __all__ = ["CommandResult", "Sandbox"]
 
@@ -113,7 +113,7 @@ class Sandbox:
 
     @property
     def info(self) -> SandboxInfo:
-        """What the daemon said about it when it was made."""
+        """What the daemon last said about it."""
         if self._info is None:
             raise NotOverRest("info")
         return self._info
@@ -165,13 +165,13 @@ class Sandbox:
 
     # Copies.
 
-    def fork(self: S, *, memory_limit_mib: Optional[int] = None) -> S:
-        """A running copy of it as it is now."""
-        return self.fork_many(1, memory_limit_mib=memory_limit_mib)[0]
+    def fork(self: S, **options: Any) -> S:
+        """A running copy of it as it is now; ``options`` as for :meth:`Controller.fork_sandbox`."""
+        return self.fork_many(1, **options)[0]
 
-    def fork_many(self: S, n: int, *, memory_limit_mib: Optional[int] = None) -> List[S]:
+    def fork_many(self: S, n: int, **options: Any) -> List[S]:
         """``n`` running copies, all of one instant."""
-        copies = self.controller.fork_sandbox(self.id, n, memory_limit_mib)
+        copies = self.controller.fork_sandbox(self.id, n, **options)
         return [type(self).of(self.controller, info) for info in copies]
 
     def branch(
@@ -200,6 +200,14 @@ class Sandbox:
         return self.controller.rewind_sandbox(self.id, name, back=back)
 
     # Its end.
+
+    def set_timeout(self, timeout_secs: Optional[float], on_timeout: Optional[OnTimeout] = None) -> None:
+        """Lets it end this long after now; with ``None`` it lives until it is ended."""
+        self._info = self.controller.set_timeout(self.id, timeout_secs, on_timeout)
+
+    def suspend(self) -> SnapshotInfo:
+        """Puts it on disk as a snapshot, and ends it."""
+        return self.controller.suspend_sandbox(self.id)
 
     def kill(self) -> None:
         """Ends it. Ending one that has ended already is no error."""

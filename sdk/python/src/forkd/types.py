@@ -8,6 +8,10 @@ BranchMode = Literal["full", "diff", "live"]
 """How a branch was once asked to copy memory. The source stands still equally little in all of them."""
 
 
+OnTimeout = Literal["kill", "suspend"]
+"""How a sandbox ends when its lifetime is over."""
+
+
 class _SandboxInfo(TypedDict):
     id: str
     snapshot_tag: str
@@ -129,3 +133,105 @@ class SandboxMemory(TypedDict):
     private_bytes: int
     page_table_bytes: int
     guest_dirty_bytes: int
+
+
+class _SandboxUsage(TypedDict):
+    id: str
+    snapshot_tag: str
+    created_at_unix: int
+
+
+class SandboxUsage(_SandboxUsage, total=False):
+    """What one sandbox uses now. The later keys are left out where they do not apply."""
+
+    stopped: str
+    expires_at_unix: int
+    private_bytes: int
+    cpu_ms: int
+    uptime_secs: int
+
+
+class _FamilyMember(TypedDict):
+    kind: Literal["snapshot", "sandbox", "checkpoint"]
+    name: str
+    children: List[FamilyMember]
+
+
+# A word of the language.
+_From = TypedDict("_From", {"from": str}, total=False)
+
+
+class FamilyMember(_FamilyMember, _From, total=False):
+    """A snapshot, sandbox or checkpoint, and what came from it. What it is has the key that ``kind`` names. ``from`` is
+    there on roots that are roots only because their tree would be too deep: it names what they came from."""
+
+    snapshot: SnapshotInfo
+    sandbox: SandboxInfo
+    private_bytes: int
+    checkpoint: CheckpointInfo
+
+
+class Family(TypedDict):
+    """Everything, each under what it came from."""
+
+    roots: List[FamilyMember]
+
+
+class _WorkspaceInfo(TypedDict):
+    id: str
+    name: str
+    source_snapshot_tag: str
+    status: Literal["running", "suspended", "stale"]
+    created_at_unix: int
+    last_active_unix: int
+
+
+class WorkspaceInfo(_WorkspaceInfo, total=False):
+    """One workspace. ``live_sandbox_id`` is its sandbox while it has one."""
+
+    current_state_tag: str
+    live_sandbox_id: str
+    last_branch_memory_path: str
+    idle_suspend_secs: int
+
+
+EventKind = Literal[
+    "sandbox.created",
+    "sandbox.stopped",
+    "sandbox.ended",
+    "sandbox.rewound",
+    "sandbox.suspended",
+    "sandbox.suspend_failed",
+    "sandbox.timeout_changed",
+    "snapshot.writing",
+    "snapshot.ready",
+    "snapshot.failed",
+    "snapshot.removed",
+    "checkpoint.created",
+    "checkpoint.moved",
+    "checkpoint.removed",
+    "workspace.created",
+    "workspace.suspended",
+    "workspace.resumed",
+    "workspace.stale",
+    "workspace.deleted",
+    "events.lost",
+]
+"""What happened. After ``events.lost``, what is known from earlier events may be wrong."""
+
+
+class _Event(TypedDict):
+    id: int
+    at_unix: int
+    event: EventKind
+
+
+class Event(_Event, total=False):
+    """One thing that happened, and to what."""
+
+    sandbox: str
+    snapshot: str
+    checkpoint: str
+    workspace: str
+    reason: str
+    code: str
