@@ -198,7 +198,7 @@ impl IntoResponse for ApiError {
 
 impl From<NodeError> for ApiError {
     fn from(error: NodeError) -> Self {
-        let retry_after = matches!(error, NodeError::BranchesFull { .. }).then_some(1);
+        let retry_after = matches!(error, NodeError::BranchesFull { .. } | NodeError::NoRoom { .. }).then_some(1);
         Self { retry_after, ..Self::new(status_of(&error), error.code(), error.message()) }
     }
 }
@@ -218,6 +218,7 @@ fn status_of(error: &NodeError) -> StatusCode {
         | "blob_missing"
         | "checkpoint_not_found" => StatusCode::NOT_FOUND,
         "sandbox_stopped"
+        | "oom"
         | "snapshot_not_ready"
         | "snapshot_exists"
         | "snapshot_has_children"
@@ -231,7 +232,7 @@ fn status_of(error: &NodeError) -> StatusCode {
         | "guest_conflict"
         | "references_unknown" => StatusCode::CONFLICT,
         "guest_denied" => StatusCode::FORBIDDEN,
-        "kvm_unavailable" | "branches_full" => StatusCode::SERVICE_UNAVAILABLE,
+        "kvm_unavailable" | "branches_full" | "no_room" | "limits_unavailable" => StatusCode::SERVICE_UNAVAILABLE,
         "no_space" | "guest_no_space" => StatusCode::INSUFFICIENT_STORAGE,
         _ => StatusCode::INTERNAL_SERVER_ERROR,
     }
@@ -257,6 +258,8 @@ impl From<QueryRejection> for ApiError {
 
 #[cfg(test)]
 mod tests {
+    use forkd_types::rest::EndCode;
+
     use super::*;
 
     #[test]
@@ -266,7 +269,11 @@ mod tests {
         let tag: forkd_types::Tag = "py".parse().expect("legal tag");
         assert_eq!(status(NodeError::SpawnCount { n: 0 }), 400);
         assert_eq!(status(NodeError::SandboxNotFound { id: id.clone() }), 404);
-        assert_eq!(status(NodeError::SandboxStopped { id, reason: String::new() }), 409);
+        for code in [EndCode::Lost, EndCode::Oom] {
+            assert_eq!(status(NodeError::SandboxStopped { id: id.clone(), code, reason: String::new() }), 409);
+        }
+        assert_eq!(status(NodeError::NoRoom { n: 9, reason: String::new() }), 503);
+        assert_eq!(status(NodeError::LimitsUnavailable { reason: String::new() }), 503);
         assert_eq!(status(NodeError::SnapshotNotReady { tag: tag.clone(), reason: String::new() }), 409);
         assert_eq!(status(NodeError::BranchesFull { cap: 4 }), 503);
         assert_eq!(status(NodeError::AllFailed { tag, n: 3, first: String::new() }), 500);

@@ -11,6 +11,7 @@ use crate::client::{Client, ClientError};
 use crate::failure::advised;
 use crate::progress::Progress;
 use crate::units;
+use crate::volume::Volume;
 
 /// Lines of the guest's console that are quoted when a bake fails without a reason.
 const CONSOLE_LINES: usize = 20;
@@ -24,6 +25,8 @@ pub(crate) struct Parts {
     pub(crate) initramfs: Blob,
     /// Root disk.
     pub(crate) disk: Blob,
+    /// Further disks.
+    pub(crate) volumes: Vec<Volume>,
 }
 
 /// How the machine is shaped and warmed.
@@ -55,6 +58,9 @@ pub(crate) async fn bake(
     parts.kernel.upload(client, "kernel", progress).await?;
     parts.initramfs.upload(client, "initramfs", progress).await?;
     parts.disk.upload(client, "root disk", progress).await?;
+    for volume in &parts.volumes {
+        volume.upload(client, progress).await?;
+    }
     let request = BakeRequest {
         tag: recipe.tag.to_string(),
         disk: parts.disk.digest().to_string(),
@@ -66,6 +72,7 @@ pub(crate) async fn bake(
         warm: recipe.warm.clone(),
         boot_timeout_secs: recipe.boot_timeout.as_secs(),
         kernel_args: None,
+        volumes: parts.volumes.iter().map(Volume::wanted).collect(),
         replace: recipe.replace,
     };
     let mut follower = Follower::new(recipe, progress);

@@ -18,6 +18,9 @@ pub(crate) const FORKD_KERNEL: &str = "FORKD_KERNEL";
 /// Root disk for `snapshot`.
 pub(crate) const FORKD_ROOTFS: &str = "FORKD_ROOTFS";
 
+/// Where clients look for a single child's agent on this host: `HOST:PORT`.
+pub(crate) const FORKD_TARGET: &str = "FORKD_TARGET";
+
 /// Parent of the data directory, as the XDG base directory specification has it.
 pub(crate) const XDG_DATA_HOME: &str = "XDG_DATA_HOME";
 

@@ -56,7 +56,7 @@ impl Plan {
         let (kernel, initramfs) = kernel_and_initramfs(kernel, data, progress).await?;
         let disk = self.build(data, progress).await?;
         let disk = Blob::of(disk, "root disk", &data.digests(), progress).await?;
-        Ok(Parts { kernel, initramfs, disk })
+        Ok(Parts { kernel, initramfs, disk, volumes: Vec::new() })
     }
 
     async fn build(self, data: &DataDir, progress: &Progress) -> anyhow::Result<PathBuf> {

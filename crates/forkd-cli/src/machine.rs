@@ -13,6 +13,9 @@ use crate::progress::{Progress, Step};
 /// The machine's name; one is enough.
 const NAME: &str = "default";
 
+/// What helps a machine that does not do what it is told.
+pub(crate) const RESTART: &str = "forkd machine stop && forkd machine start";
+
 /// What this host's KVM is good for, decided by timing guest code.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Verdict(KvmVerdict);
@@ -68,23 +71,33 @@ pub(crate) async fn call<T: Send + 'static>(
 /// The daemon in the machine, if the machine runs and is well.
 pub(crate) async fn running(data: &DataDir) -> Option<Access> {
     match call(data, Machine::status).await {
-        Ok(Status::Running { running, pong: Some(_), .. }) => Some(access(&running)),
+        Ok(Status::Running { running, .. }) => Some(access(&running)),
         _ => None,
     }
 }
 
+/// What the machine is doing; asked in the machine, for a few seconds.
+pub(crate) async fn status(data: &DataDir) -> anyhow::Result<Status> {
+    call(data, Machine::status).await
+}
+
 /// What the machine is doing, in words; none when there is no machine that runs.
-pub(crate) async fn describe(data: &DataDir) -> anyhow::Result<Option<String>> {
-    Ok(match call(data, Machine::status).await? {
+pub(crate) fn describe(status: &Status) -> Option<String> {
+    match status {
         Status::Absent | Status::Stopped => None,
-        Status::Running { running, pong, processor, vcpus, memory, network } => Some(format!(
-            "running, {vcpus} vCPUs by {processor}, {memory}, network {}, API at {}{}",
-            if network { "open" } else { "restricted" },
+        Status::Starting { .. } => Some("starting".to_owned()),
+        Status::NotAnswering { running, waited, .. } => Some(format!(
+            "not answering: QEMU runs (process {}), and the machine has said nothing for {} s",
+            running.qemu_pid,
+            waited.as_secs()
+        )),
+        Status::Running { running, pong: _, processor, vcpus, memory, network } => Some(format!(
+            "running, {vcpus} vCPUs by {processor}, {memory}, network {}, API at {}",
+            if *network { "open" } else { "restricted" },
             running.api,
-            if pong.is_none() { "; its agent does not answer" } else { "" }
         )),
         Status::Dead { cause, .. } => Some(format!("died: {cause}; the next use starts it again")),
-    })
+    }
 }
 
 /// Starts the machine unless it runs and is well.
@@ -126,6 +139,7 @@ pub(crate) fn explain(error: anyhow::Error) -> anyhow::Error {
         Some(error_kind) if error_kind.is_machine_death() => {
             advised(error, "forkd machine start   (starts it again; then repeat the command)")
         }
+        Some(error_kind) if error_kind.is_machine_stuck() => advised(error, RESTART),
         Some(MachineError::NotRunning { .. }) => advised(error, "forkd machine start"),
         _ => error,
     }

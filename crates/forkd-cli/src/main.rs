@@ -16,6 +16,7 @@ mod environment;
 mod failure;
 mod ingredients;
 mod interrupt;
+mod limits;
 mod machine;
 mod measurement;
 mod output;
@@ -26,6 +27,7 @@ mod registry;
 mod statistics;
 mod terminal;
 mod units;
+mod volume;
 
 use std::io::Write;
 

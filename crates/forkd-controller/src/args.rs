@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use forkd_api::auth::Scope;
 use forkd_api::limits::Rate;
+use forkd_net::Cidr;
 use forkd_types::ByteSize;
 
 /// forkd's daemon: holds snapshots, forks them into running sandboxes, and serves the REST API.
@@ -30,6 +31,24 @@ pub(crate) enum LogFormat {
     Text,
     /// One JSON object a line.
     Json,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub(crate) enum Limits {
+    /// As requests ask for them.
+    Enforced,
+    /// Not at all.
+    Off,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub(crate) enum NetworkArg {
+    /// One if this host can make it; the log says so if not.
+    Auto,
+    /// One, and a host that cannot make it does not serve.
+    Required,
+    /// None.
+    Off,
 }
 
 #[derive(Debug, Args)]
@@ -98,6 +117,19 @@ pub(crate) struct ServeArgs {
     #[arg(long, env = "FORKD_WORKSPACE_IDLE", value_parser = seconds, value_name = "SECONDS")]
     pub(crate) workspace_idle: Option<Duration>,
 
+    /// Whether sandboxes have a network: required, or auto for one if this host can make it, or off.
+    #[arg(long, env = "FORKD_NETWORK", value_enum, default_value_t = NetworkArg::Auto, value_name = "WHEN")]
+    pub(crate) network: NetworkArg,
+
+    /// How many networks are made ahead of their use; further ones are made when they are needed.
+    #[arg(long, env = "FORKD_NETWORK_POOL", default_value = "8", value_name = "N")]
+    pub(crate) network_pool: usize,
+
+    /// Addresses for the links between this host and the networks of sandboxes, two a network, as in 100.127.0.0/16
+    /// [default: a usual range that no route of this host overlaps].
+    #[arg(long, env = "FORKD_NETWORK_RANGE", value_name = "CIDR")]
+    pub(crate) network_range: Option<Cidr>,
+
     /// How many children of one request come up at the same time [default: 4 per processor].
     #[arg(long, value_parser = at_least_one, value_name = "N")]
     pub(crate) spawn_concurrency: Option<usize>,
@@ -110,6 +142,24 @@ pub(crate) struct ServeArgs {
     /// quarter of the host's].
     #[arg(long, env = "FORKD_CHECKPOINT_MEMORY", value_name = "SIZE")]
     pub(crate) checkpoint_memory: Option<ByteSize>,
+
+    /// Whether sandboxes are limited, by cgroup v2. A host that cannot refuses requests that ask for limits; with off
+    /// they go on without.
+    #[arg(long, env = "FORKD_LIMITS", value_enum, default_value_t = Limits::Enforced, value_name = "WHETHER")]
+    pub(crate) limits: Limits,
+
+    /// The daemon's own directory in the cgroup v2 hierarchy, made if it is not there; each daemon needs another.
+    #[arg(long, env = "FORKD_CGROUP", default_value = "/sys/fs/cgroup/forkd", value_name = "DIR")]
+    pub(crate) cgroup: PathBuf,
+
+    /// How much of the host's memory no sandbox is to have, as in 2G; a spawn that would take of it is answered 503
+    /// [default: a twentieth, and at least 256M].
+    #[arg(long, env = "FORKD_MEMORY_RESERVE", value_name = "SIZE")]
+    pub(crate) memory_reserve: Option<ByteSize>,
+
+    /// How many times the rest of the host's memory the memory limits of all sandboxes may make together.
+    #[arg(long, env = "FORKD_MEMORY_OVERCOMMIT", default_value = "1", value_parser = factor, value_name = "FACTOR")]
+    pub(crate) memory_overcommit: f64,
 
     /// End all sandboxes when the daemon stops; otherwise they run on and the next daemon finds them.
     #[arg(long)]
@@ -215,6 +265,13 @@ fn seconds(text: &str) -> Result<Duration, String> {
     }
 }
 
+fn factor(text: &str) -> Result<f64, String> {
+    text.parse()
+        .ok()
+        .filter(|factor| (0.01..=1000.0).contains(factor))
+        .ok_or_else(|| "a number, 0.01 to 1000".to_owned())
+}
+
 fn at_least_one(text: &str) -> Result<usize, String> {
     text.parse().ok().filter(|n| *n > 0).ok_or_else(|| "a whole number, at least 1".to_owned())
 }
@@ -239,6 +296,9 @@ mod tests {
             ["--max-connections", "0"],
             ["--header-timeout", "0"],
             ["--audit-keep", "0"],
+            ["--memory-overcommit", "0"],
+            ["--memory-overcommit", "NaN"],
+            ["--limits", "on"],
             ["--rate-limit", "0/s"],
             ["--rate-limit", "50"],
             ["--zygote-idle", "-1"],

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context, bail};
 use forkd_api::audit::{AuditLog, Rotation};
 use forkd_api::{Api, router, server};
-use forkd_node::{Node, NodeConfig};
+use forkd_node::{LimitsMode, NetworkMode, NetworkSettings, Node, NodeConfig};
 use forkd_types::ByteSize;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -13,7 +13,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::access::Access;
-use crate::args::ServeArgs;
+use crate::args::{Limits, NetworkArg, ServeArgs};
 use crate::claim::{Claim, Whereabouts};
 
 /// Everything resolved that the arguments leave to defaults.
@@ -50,10 +50,26 @@ fn resolve(args: ServeArgs) -> anyhow::Result<Settings> {
         node.store_root = std::path::absolute(&root).with_context(|| format!("cannot resolve {}", root.display()))?;
     }
     node.child_deadline = args.child_deadline;
+    node.limits = match args.limits {
+        Limits::Enforced => LimitsMode::Enforced,
+        Limits::Off => LimitsMode::Off,
+    };
+    node.cgroup_root = args.cgroup;
+    node.memory_reserve = args.memory_reserve.unwrap_or(node.memory_reserve);
+    node.memory_overcommit = args.memory_overcommit;
     node.zygote_idle = args.zygote_idle;
     node.workspace_idle = args.workspace_idle;
     node.agent = beside_this_program("forkd-agent")?;
     node.branch_concurrency = args.branch_concurrency;
+    node.network = NetworkSettings {
+        mode: match args.network {
+            NetworkArg::Auto => NetworkMode::Auto,
+            NetworkArg::Required => NetworkMode::Required,
+            NetworkArg::Off => NetworkMode::Off,
+        },
+        ready: args.network_pool,
+        range: args.network_range,
+    };
     if let Some(agent) = args.agent {
         node.agent = std::path::absolute(&agent).with_context(|| format!("cannot resolve {}", agent.display()))?;
     }
@@ -138,6 +154,7 @@ async fn serve(settings: Settings) -> anyhow::Result<()> {
     if settings.kill_on_exit {
         node.kill_all().await;
     }
+    node.close_networks().await;
     node.settle().await.map_err(|error| anyhow::anyhow!(error.message()))?;
     let _ = std::fs::remove_file(&settings.socket);
     tracing::info!("stopped");

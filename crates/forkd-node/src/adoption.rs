@@ -17,6 +17,9 @@ use crate::control::{Control, MonitorError};
 use crate::database::{Record, RecordState};
 use crate::error::{NodeError, NodeResult};
 use crate::host::{Host, unix_now};
+use crate::lifecycle::End;
+use crate::limits;
+use crate::networks::Network;
 use crate::process::Process;
 use crate::sandbox::{About, Roster, Running, Sandbox, clear};
 
@@ -48,7 +51,10 @@ pub(crate) async fn adopt_all(host: &Arc<Host>, roster: &Arc<Roster>, checkpoint
     let mut known: HashSet<String> = roster.all().iter().map(|sandbox| sandbox.id.to_string()).collect();
     known.extend(checkpoints.adopt_all(rebooted).await?);
     host.files.sweep(|name, _| known.contains(name)).map_err(NodeError::io("sweep the run directory"))?;
-    host.cgroups.sweep();
+    host.groups.sweep();
+    if let Some(networks) = &host.networks {
+        networks.sweep();
+    }
     host.database.settle().await?;
     Ok(())
 }
@@ -73,8 +79,8 @@ async fn adopt(host: &Arc<Host>, roster: &Arc<Roster>, record: Record, rebooted:
         expiry: record.expiry,
     };
     match &record.state {
-        RecordState::Stopped { reason, at_unix } => {
-            roster.insert(Sandbox::stopped(host, about, reason.clone(), *at_unix));
+        RecordState::Stopped { end, at_unix } => {
+            roster.insert(Sandbox::stopped(host, about, end.clone(), *at_unix));
         }
         RecordState::Starting => end_unfinished(host, &record, rebooted).await,
         RecordState::Running => {
@@ -89,11 +95,13 @@ async fn adopt(host: &Arc<Host>, roster: &Arc<Roster>, record: Record, rebooted:
                     roster.adopt(about, running);
                 }
                 Err(reason) => {
-                    tracing::warn!(sandbox = %record.id, reason, "not adopted");
+                    let end = host.groups.out_of_memory(record.id.as_str(), &record.origin.limits);
+                    let end = end.unwrap_or_else(|| End::lost(reason));
+                    tracing::warn!(sandbox = %record.id, reason = end.reason, "not adopted");
                     let now = unix_now();
-                    host.database.stopped(record.id.clone(), reason.clone(), now);
+                    host.database.stopped(record.id.clone(), end.clone(), now);
                     host.files.remove(record.id.as_str(), true);
-                    roster.insert(Sandbox::stopped(host, about, reason, now));
+                    roster.insert(Sandbox::stopped(host, about, end, now));
                 }
             }
         }
@@ -107,7 +115,14 @@ async fn find(host: &Host, record: &Record) -> Result<Running, String> {
     // The daemon may have died while it put the sandbox on disk, which it did not get done.
     process.let_go();
     match shake_hands(host, record.id.as_str(), key.pid).await {
-        Ok(control) => Ok(Running { control, process }),
+        Ok(control) => {
+            let limits = record.origin.limits;
+            let promise = host.admission.promise(limits::memory(&limits));
+            let allotment = host.groups.adopted(key.pid, limits, promise);
+            let id = record.id.as_str();
+            let network = host.networks.as_ref().and_then(|networks| Network::adopt(networks, id, &process));
+            Ok(Running { control, process, allotment, network })
+        }
         Err(reason) => {
             process.kill();
             Err(format!("was ended because a restarted daemon could not reach its monitor: {reason}"))
@@ -195,7 +210,7 @@ mod tests {
             snapshot_digest: None,
             forked_from: None,
             created_at_unix: 7,
-            memory_limit_mib: None,
+            limits: Default::default(),
             disks: 1,
             base: None,
             auto_checkpoint: false,

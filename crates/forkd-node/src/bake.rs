@@ -30,9 +30,11 @@ use crate::events::News;
 use crate::guest::Guest;
 use crate::host::{Host, Traces, blocking, unix_now};
 use crate::launch::{self, Launched, Owned};
+use crate::networks::Network;
 use crate::process::ProcessKey;
 use crate::publication;
 use crate::snapshot_writer::SnapshotWriter;
+use crate::volumes::{self, Image};
 use crate::zygotes::Zygotes;
 
 /// Lines of the guest's console that a failure quotes.
@@ -57,6 +59,7 @@ pub(crate) struct Bake {
     kernel: (Digest, Blob),
     initramfs: (Digest, Blob),
     disk: (Digest, Blob),
+    volumes: Vec<Image>,
 }
 
 /// The machine while it is being baked; dropping it ends it and removes its files.
@@ -65,6 +68,7 @@ struct Machine {
     key: ProcessKey,
     control: Arc<Control>,
     _process: Owned,
+    _network: Option<Network>,
     guest: Guest,
     traces: Traces,
 }
@@ -95,8 +99,9 @@ impl Bake {
         };
         let wanted =
             [find("kernel", &request.kernel)?, find("initramfs", &request.initramfs)?, find("disk", &request.disk)?];
+        let volumes = volumes::check(&request.volumes)?;
         let (store, own_tag, replace) = (host.store.clone(), tag.clone(), request.replace);
-        let found = blocking("looking for blobs", move || -> NodeResult<[(Digest, Blob); 3]> {
+        let found = blocking("looking for blobs", move || -> NodeResult<_> {
             // Now, rather than after minutes of work.
             match (replace, store.get(&own_tag)) {
                 (false, Ok(_)) => return Err(forkd_store::StoreError::AlreadyExists { tag: own_tag }.into()),
@@ -107,11 +112,11 @@ impl Bake {
                 let blob = store.blob(&digest)?.ok_or(NodeError::BlobMissing { what, digest })?;
                 Ok::<_, NodeError>((digest, blob))
             });
-            Ok([kernel?, initramfs?, disk?])
+            Ok(([kernel?, initramfs?, disk?], volumes::find(&store, volumes)?))
         });
-        let [kernel, initramfs, disk] = found.await??;
+        let ([kernel, initramfs, disk], volumes) = found.await??;
         let (host, zygotes) = (Arc::clone(host), Arc::clone(zygotes));
-        Ok(Self { host, zygotes, _claim: claim, request, tag, kernel, initramfs, disk })
+        Ok(Self { host, zygotes, _claim: claim, request, tag, kernel, initramfs, disk, volumes })
     }
 
     /// Does it. The last event is `Done` or `Failed`; when the receiver goes away the bake is
@@ -151,7 +156,8 @@ impl Bake {
         };
         steps.begin("boot", "booting the guest").await;
         self.host.events.tell(News::of(EventKind::SnapshotWriting).snapshot(&self.tag));
-        let (machine, launched) = self.boot()?;
+        let network = self.network().await?;
+        let (machine, launched) = self.boot(network)?;
         let console = machine.host.files.console(machine.traces.name());
         let mut follower = Follower::new(console.clone());
         let result = {
@@ -198,7 +204,15 @@ impl Bake {
         text
     }
 
-    fn boot(&self) -> NodeResult<(Machine, crate::control::Answer)> {
+    /// A network, if there are any; a machine that boots with one has an interface in every copy.
+    async fn network(&self) -> NodeResult<Option<Network>> {
+        let Some(networks) = &self.host.networks else { return Ok(None) };
+        let leased = Network::lease(networks, &format!("bake of {}", self.tag), false).await;
+        let failed = |reason| NodeError::Bake { tag: self.tag.clone(), step: "leasing a network".to_owned(), reason };
+        leased.map(Some).map_err(failed)
+    }
+
+    fn boot(&self, network: Option<Network>) -> NodeResult<(Machine, crate::control::Answer)> {
         static SERIAL: AtomicU64 = AtomicU64::new(0);
         let name = format!("bake-{:04x}", SERIAL.fetch_add(1, Ordering::Relaxed));
         let traces = Traces::of(&self.host, name.clone());
@@ -210,28 +224,53 @@ impl Bake {
         request.add(Role::Kernel, clone_file(&self.kernel.1)?);
         request.add(Role::Initramfs, clone_file(&self.initramfs.1)?);
         request.add(Role::DiskBase, clone_file(&self.disk.1)?);
-        request.add(Role::DiskOverlay, self.overlay()?);
+        for image in &self.volumes {
+            let role = if image.volume.policy.is_writable() { Role::DiskBase } else { Role::DiskShared };
+            request.add(role, clone_file(&image.blob)?);
+        }
+        for _ in 0..self.writable_disks() {
+            request.add(Role::DiskOverlay, self.overlay()?);
+        }
         let opened = console::create(&console).map_err(NodeError::io(format!("create {}", console.display())))?;
         request.add(Role::Console, opened.into());
         request.add(
             Role::VsockListener,
             files.listen(&vsock).map_err(NodeError::io(format!("listen on {}", vsock.display())))?,
         );
+        if let Some(network) = &network {
+            request.add(Role::Tap, network.tap().map_err(NodeError::io("plug in a network"))?);
+        }
         let action = LaunchAction::Boot(BootConfig {
             vcpus: self.request.vcpus as u8,
             memory_bytes: self.request.memory_mib << 20,
-            kernel_args: self.request.kernel_args.clone().unwrap_or_default(),
-            mac: None,
-            disks: vec![self.disk.1.size],
+            kernel_args: volumes::kernel_args(self.request.kernel_args.as_deref(), &self.volumes),
+            mac: network.as_ref().map(|_| forkd_net::GUEST_MAC),
+            disks: self.disks().map(|(_, bytes)| bytes).collect(),
             guest_cid: GUEST_CID,
         });
         let message = Launch { fds: request.roles, name: name.clone(), action };
         let log = files.log(&name);
-        let Launched { control, process, answer } = launch::launch(&self.host.config.vmm, &log, &message, request.fds)?;
+        let place = |pid| self.host.groups.place_helper(pid);
+        let Launched { control, process, answer } =
+            launch::launch(&self.host.config.vmm, &log, &message, request.fds, place)?;
+        if let Some(network) = &network {
+            network.used_by(&process.0);
+        }
         let key = process.0.key();
         self.host.database.note_helper(key, name);
-        let guest = Guest::behind(vsock);
-        Ok((Machine { host: Arc::clone(&self.host), key, control, _process: process, guest, traces }, answer))
+        let (host, guest) = (Arc::clone(&self.host), Guest::behind(vsock));
+        Ok((Machine { host, key, control, _process: process, _network: network, guest, traces }, answer))
+    }
+
+    /// Image and size of each disk.
+    fn disks(&self) -> impl Iterator<Item = (Digest, u64)> {
+        let volumes = self.volumes.iter().map(|image| (image.digest, image.blob.size));
+        std::iter::once((self.disk.0, self.disk.1.size)).chain(volumes)
+    }
+
+    /// How many of them the guest can write to.
+    fn writable_disks(&self) -> usize {
+        1 + self.volumes.iter().filter(|image| image.volume.policy.is_writable()).count()
     }
 
     fn overlay(&self) -> NodeResult<OwnedFd> {
@@ -291,8 +330,8 @@ impl Bake {
         let staged =
             blocking("staging a snapshot", move || store.stage(&tag)).await.map_err(|error| error.to_string())?;
         let staged = staged.map_err(|error| with_causes(&error))?;
-        let disks = 1;
-        let writer = SnapshotWriter::fork(&self.host, &machine.control, disks, &staged, Contents::Whole).await;
+        let (control, disks) = (&machine.control, self.writable_disks());
+        let writer = SnapshotWriter::fork(&self.host, control, disks, &staged, Contents::Whole).await;
         let written = writer.map_err(|error| error.to_string())?.finish(&self.host).await;
         let (facts, stages) = written.map_err(|reason| format!("{reason}, in {}", staged.path().display()))?;
         for stage in stages.0 {
@@ -315,10 +354,12 @@ impl Bake {
             guest_cid: GUEST_CID,
             cpu: self.host.cpu.clone(),
         };
-        let disks = [(self.disk.0, self.disk.1.size)];
+        let disks: Vec<_> = self.disks().collect();
+        let volumes: Vec<_> = self.volumes.iter().map(|image| image.volume.clone()).collect();
         let describe = move |staged: &mut StagedSnapshot| {
             let tag = staged.tag().clone();
             let mut meta = SnapshotMeta::new(tag, unix_now(), &facts, staged.vmstate_bytes()?, &disks, boot);
+            meta.set_volumes(volumes);
             meta.warm = pong.warm;
             Ok(meta)
         };

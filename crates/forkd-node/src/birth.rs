@@ -5,8 +5,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use forkd_proto::monitor::{Command, Role};
+use forkd_types::rest::SandboxLimits;
 use forkd_types::{ByteSize, SandboxId, StageTimings};
 
+use crate::admission::Promise;
+use crate::allotment::Allotment;
 use crate::console;
 use crate::control::{Answer, Control, expect_event};
 use crate::error::{NodeError, NodeResult, with_causes};
@@ -14,6 +17,7 @@ use crate::frozen::Frozen;
 use crate::guest::{Guest, fresh_identity};
 use crate::host::Host;
 use crate::launch::socket_pair;
+use crate::networks::Network;
 use crate::process::Process;
 use crate::sandbox::{Newborn, Running};
 use crate::zygotes::Zygote;
@@ -35,6 +39,18 @@ impl Parent {
         match self {
             Self::Zygote(zygote) => &zygote.control,
             Self::Frozen(frozen) => &frozen.control,
+        }
+    }
+
+    /// A network for a child called `name`, if there are networks and its machine has an interface.
+    pub(crate) async fn network(&self, host: &Host, name: &str, shown: bool) -> Result<Option<Network>, Reason> {
+        let plugs = match self {
+            Self::Zygote(zygote) => zygote.network,
+            Self::Frozen(frozen) => frozen.network,
+        };
+        match &host.networks {
+            Some(networks) if plugs => Network::lease(networks, name, shown).await.map(Some),
+            _ => Ok(None),
         }
     }
 
@@ -77,27 +93,45 @@ pub(crate) async fn bring_up(
     host: &Arc<Host>,
     parent: &Parent,
     mut newborn: Newborn,
-    memory_limit: Option<ByteSize>,
+    limits: &SandboxLimits,
+    promise: Option<Promise>,
+    shows_netns: bool,
     stages: &mut StageTimings,
 ) -> Result<Newborn, Reason> {
     let mut watch = Stopwatch::start(stages);
     let id = newborn.id().clone();
-    let parts = Parts::make(host, id.as_str(), parent.disks(), memory_limit).map_err(|error| with_causes(&error))?;
+    let network = parent.network(host, id.as_str(), shows_netns).await?;
+    watch.lap("network");
+    let allotment = Allotment::make(&host.groups, id.as_str(), limits, promise);
+    let parts = allotment.and_then(|allotment| Parts::make(host, id.as_str(), parent.disks(), allotment, network));
+    let parts = parts.map_err(|error| with_causes(&error))?;
     watch.lap("prepare");
     // In a task of its own, which ends only when the new process is known and owned: a fork that
     // was asked for happens even if nobody waits for it any longer.
     let (forking, name) = (parent.clone(), id.to_string());
     let forking = tokio::spawn(async move {
         let forked = fork(forking, &name, parts).await?;
-        newborn.born(Running { control: Arc::clone(&forked.control), process: forked.process });
+        let control = Arc::clone(&forked.control);
+        let Forked { process, allotment, network, .. } = forked;
+        newborn.born(Running { control, process, allotment, network });
         Ok::<_, Reason>((newborn, forked.control, forked.running, forked.stages))
     });
     let (newborn, control, running, forked) =
         forking.await.map_err(|error| format!("the fork was interrupted: {error}"))??;
     watch.lap("fork");
     watch.detail("fork", &forked);
-    control.while_running(rise(host, id.as_str(), &id, running, &mut watch)).await?;
-    Ok(newborn)
+    match control.while_running(rise(host, id.as_str(), &id, running, &mut watch)).await {
+        Ok(()) => Ok(newborn),
+        Err(reason) => Err(out_of_memory(&newborn).await.unwrap_or(reason)),
+    }
+}
+
+/// Whether a child that did not come up was ended for want of memory, which is the better explanation.
+async fn out_of_memory(newborn: &Newborn) -> Option<Reason> {
+    let running = newborn.running()?;
+    // The end of the connection is seen before that of the process.
+    let _ = tokio::time::timeout(Duration::from_millis(500), running.process.exited()).await;
+    Some(running.allotment.out_of_memory()?.reason)
 }
 
 /// From the fork until the agent behind the run files of `name` has answered and is sandbox `id`.
@@ -129,11 +163,19 @@ pub(crate) struct Parts {
     roles: Vec<Role>,
     fds: Vec<OwnedFd>,
     control: tokio::net::UnixStream,
+    allotment: Allotment,
+    network: Option<Network>,
 }
 
 impl Parts {
     /// Makes the run files of `name` and what else a child with `disks` disks needs.
-    pub(crate) fn make(host: &Host, name: &str, disks: usize, memory_limit: Option<ByteSize>) -> NodeResult<Self> {
+    pub(crate) fn make(
+        host: &Host,
+        name: &str,
+        disks: usize,
+        allotment: Allotment,
+        network: Option<Network>,
+    ) -> NodeResult<Self> {
         let files = &host.files;
         let (control, theirs) = socket_pair().map_err(NodeError::io("make a control socket"))?;
         let mut roles = vec![Role::Control];
@@ -150,16 +192,15 @@ impl Parts {
             roles.push(Role::DiskOverlay);
             fds.push(files.overlay().map_err(NodeError::io("create a scratch file for a disk"))?);
         }
-        if let Some(limit) = memory_limit {
-            match host.cgroups.limited(name, limit) {
-                Ok(group) => {
-                    roles.push(Role::Cgroup);
-                    fds.push(group);
-                }
-                Err(error) => tracing::warn!(sandbox = name, %error, "runs without its memory limit"),
-            }
+        if let Some(group) = allotment.descriptor()? {
+            roles.push(Role::Cgroup);
+            fds.push(group);
         }
-        Ok(Self { roles, fds, control })
+        if let Some(network) = &network {
+            roles.push(Role::Tap);
+            fds.push(network.tap().map_err(NodeError::io("plug in a network"))?);
+        }
+        Ok(Self { roles, fds, control, allotment, network })
     }
 }
 
@@ -167,6 +208,8 @@ impl Parts {
 pub(crate) struct Forked {
     pub(crate) control: Arc<Control>,
     pub(crate) process: Process,
+    pub(crate) allotment: Allotment,
+    pub(crate) network: Option<Network>,
     /// Says when it runs.
     pub(crate) running: Answer,
     pub(crate) stages: StageTimings,
@@ -175,12 +218,19 @@ pub(crate) struct Forked {
 /// Forks a child called `name`. To be run to its end: a fork that was asked for happens.
 pub(crate) async fn fork(parent: Parent, name: &str, parts: Parts) -> Result<Forked, Reason> {
     let (control, running) = Control::expecting(name, parts.control);
-    let command = Command::Fork { fds: parts.roles, name: name.to_owned() };
-    let event = parent.control().request(&command, parts.fds).wait().await.map_err(|error| error.to_string())?;
+    let disk_bytes = parts.allotment.disk().map(ByteSize::bytes);
+    let Parts { roles, fds, allotment, network, .. } = parts;
+    let command = Command::Fork { fds: roles, name: name.to_owned(), disk_bytes };
+    let event = parent.control().request(&command, fds).wait().await.map_err(|error| error.to_string())?;
     let (pid, _pause_us, stages) =
         expect_event!(name, event, Forked { pid, pause_us, stages }).map_err(|error| error.to_string())?;
     match Process::open(pid) {
-        Ok(process) => Ok(Forked { control, process, running, stages }),
+        Ok(process) => {
+            if let Some(network) = &network {
+                network.used_by(&process);
+            }
+            Ok(Forked { control, process, allotment, network, running, stages })
+        }
         Err(error) => {
             // It ended already; what it said before that is the better explanation.
             let ended = tokio::time::timeout(Duration::from_secs(1), running.wait()).await;

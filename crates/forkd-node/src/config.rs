@@ -3,6 +3,10 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use forkd_types::ByteSize;
+
+use crate::networks::NetworkSettings;
+
 /// Settings of a node. [`NodeConfig::new`] gives every duration and limit its default.
 #[derive(Clone, Debug)]
 pub struct NodeConfig {
@@ -14,8 +18,16 @@ pub struct NodeConfig {
     pub vmm: PathBuf,
     /// The KVM device.
     pub kvm: PathBuf,
-    /// cgroup v2 directory below which limited sandboxes get a group of their own.
+    /// Whether sandboxes are limited.
+    pub limits: LimitsMode,
+    /// The daemon's own cgroup v2 directory, in which every monitor gets a group.
     pub cgroup_root: PathBuf,
+    /// Memory of the host that no sandbox is to have.
+    pub memory_reserve: ByteSize,
+    /// How many times the rest of the host's memory may be promised by memory limits.
+    pub memory_overcommit: f64,
+    /// Whether sandboxes have networks; none unless asked for.
+    pub network: NetworkSettings,
     /// How long one child may take from its fork until its agent has answered.
     pub child_deadline: Duration,
     /// How many children of one spawn come up at the same time.
@@ -38,6 +50,15 @@ pub struct NodeConfig {
     pub agent: PathBuf,
     /// How much memory checkpoints may take together before the oldest go to disk.
     pub checkpoint_memory_bytes: u64,
+}
+
+/// Whether sandboxes are limited.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum LimitsMode {
+    /// As asked for; a host that cannot refuses requests that ask.
+    Enforced,
+    /// Not at all; requests that ask are told so and go on.
+    Off,
 }
 
 /// A setting that cannot work.
@@ -83,7 +104,11 @@ impl NodeConfig {
             state_dir,
             vmm: absolute(vmm)?,
             kvm: "/dev/kvm".into(),
+            limits: LimitsMode::Enforced,
             cgroup_root: "/sys/fs/cgroup/forkd".into(),
+            memory_reserve: default_reserve(),
+            memory_overcommit: 1.0,
+            network: NetworkSettings::default(),
             child_deadline: Duration::from_secs(60),
             spawn_concurrency: default_concurrency(),
             zygote_deadline: Duration::from_secs(120),
@@ -103,6 +128,13 @@ impl NodeConfig {
 /// down, until each misses its deadline.
 fn default_concurrency() -> usize {
     4 * std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// A twentieth of the host's memory, and at least 256 MiB of a host that has four times as much.
+fn default_reserve() -> ByteSize {
+    let memory = rustix::system::sysinfo();
+    let total = memory.totalram as u64 * u64::from(memory.mem_unit);
+    ByteSize((total / 20).max(ByteSize::mib(256).bytes().min(total / 4)))
 }
 
 /// A quarter of the host's memory.

@@ -21,7 +21,8 @@ use std::time::Duration;
 
 use bytes::{Buf, BytesMut};
 use forkd_proto::frame::{Frame, FrameError, HEADER_LEN, Header, Kind};
-use forkd_proto::monitor::{Command, Event, MAX_FDS, StopReason};
+use forkd_proto::monitor::{Command, Event, MAX_FDS, StopReason, part};
+use forkd_types::rest::EndCode;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
 };
@@ -29,6 +30,8 @@ use serde::Serialize;
 use tokio::io::Interest;
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::lifecycle::End;
 
 /// Why a monitor did not do what it was asked.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -77,6 +80,19 @@ pub(crate) struct Ending {
 }
 
 impl Ending {
+    /// How it ended, for programs and people.
+    pub(crate) fn end(&self) -> End {
+        let code = match &self.stopped {
+            Some(StopReason::PoweredOff) => EndCode::PoweredOff,
+            Some(StopReason::Rebooted) => EndCode::Rebooted,
+            Some(StopReason::Panicked) => EndCode::Panicked,
+            Some(StopReason::Killed) => EndCode::Killed,
+            Some(StopReason::Crashed { .. }) => EndCode::Crashed,
+            None => EndCode::Lost,
+        };
+        End { code, reason: self.describe() }
+    }
+
     /// How it ended, as the predicate of a sentence about the monitor or its sandbox.
     pub(crate) fn describe(&self) -> String {
         match (&self.stopped, &self.fault) {
@@ -283,24 +299,26 @@ impl Control {
 
     async fn send(&self, wire: &[u8], fds: &[OwnedFd]) -> io::Result<()> {
         let borrowed: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
-        let mut sent = 0;
+        let (mut sent, mut left) = (0, &borrowed[..]);
         while sent < wire.len() {
+            let (bytes, count) = part(wire.len() - sent, left.len());
+            let (with, later) = left.split_at(count);
             sent += self
                 .stream
                 .async_io(Interest::WRITABLE, || {
                     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
                     let mut ancillary = SendAncillaryBuffer::new(&mut space);
-                    let rights = SendAncillaryMessage::ScmRights(&borrowed);
-                    if sent == 0 && !borrowed.is_empty() && !ancillary.push(rights) {
+                    if !with.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(with)) {
                         return Err(io::Error::new(
                             io::ErrorKind::InvalidInput,
-                            format!("{} descriptors do not fit one message, {MAX_FDS} do", borrowed.len()),
+                            format!("{} descriptors do not fit one message, {MAX_FDS} do", with.len()),
                         ));
                     }
-                    let part = [IoSlice::new(&wire[sent..])];
+                    let part = [IoSlice::new(&wire[sent..sent + bytes])];
                     Ok(rustix::net::sendmsg(&self.stream, &part, &mut ancillary, SendFlags::NOSIGNAL)?)
                 })
                 .await?;
+            left = later;
         }
         Ok(())
     }
@@ -412,7 +430,7 @@ mod tests {
     }
 
     fn fork(name: &str) -> Command {
-        Command::Fork { fds: vec![Role::Console], name: name.to_owned() }
+        Command::Fork { fds: vec![Role::Console], name: name.to_owned(), disk_bytes: None }
     }
 
     #[tokio::test]

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use forkd_proto::agent::FailureCode;
 use forkd_store::StoreError;
 use forkd_store::pack::PackError;
-use forkd_types::rest::SPAWN_LIMIT;
+use forkd_types::rest::{EndCode, SPAWN_LIMIT};
 use forkd_types::{Digest, SandboxId, Tag, TagError};
 
 use crate::control::MonitorError;
@@ -50,6 +50,8 @@ pub enum NodeError {
     SandboxStopped {
         /// The id.
         id: SandboxId,
+        /// How it ended, for programs.
+        code: EndCode,
         /// How it ended, as a predicate.
         reason: String,
     },
@@ -58,6 +60,20 @@ pub enum NodeError {
     SandboxSuspending {
         /// The id.
         id: SandboxId,
+    },
+    /// The host cannot limit sandboxes, or not like this.
+    #[error("cannot limit a sandbox: {reason}")]
+    LimitsUnavailable {
+        /// What is missing, and the mend.
+        reason: String,
+    },
+    /// The host has no room for the children.
+    #[error("no room for {n} more: {reason}; end sandboxes, or ask for fewer or smaller ones")]
+    NoRoom {
+        /// How many were asked for.
+        n: u32,
+        /// What there is and what they need.
+        reason: String,
     },
     /// No workspace of this name.
     #[error("workspace {name} not found; `forkd workspace list` shows those there are")]
@@ -281,7 +297,10 @@ impl NodeError {
             Self::SpawnCount { .. } => "bad_spawn_count",
             Self::BadField { .. } => "bad_field",
             Self::SandboxNotFound { .. } => "sandbox_not_found",
+            Self::SandboxStopped { code: EndCode::Oom, .. } => "oom",
             Self::SandboxStopped { .. } => "sandbox_stopped",
+            Self::LimitsUnavailable { .. } => "limits_unavailable",
+            Self::NoRoom { .. } => "no_room",
             Self::SandboxSuspending { .. } => "sandbox_suspending",
             Self::WorkspaceNotFound { .. } => "workspace_not_found",
             Self::WorkspaceExists { .. } => "workspace_exists",

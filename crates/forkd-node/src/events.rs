@@ -8,11 +8,12 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use forkd_types::rest::{Event, EventKind};
+use forkd_types::rest::{EndCode, Event, EventKind};
 use forkd_types::{SandboxId, Tag};
 use tokio::sync::watch;
 
 use crate::host::{Host, unix_now};
+use crate::lifecycle::End;
 
 /// How many events are kept.
 const KEPT: usize = 8192;
@@ -32,12 +33,13 @@ pub(crate) struct News {
     checkpoint: Option<String>,
     workspace: Option<String>,
     reason: Option<String>,
+    code: Option<EndCode>,
 }
 
 impl News {
     /// Something of `kind`.
     pub(crate) fn of(kind: EventKind) -> Self {
-        Self { kind, sandbox: None, snapshot: None, checkpoint: None, workspace: None, reason: None }
+        Self { kind, sandbox: None, snapshot: None, checkpoint: None, workspace: None, reason: None, code: None }
     }
 
     /// It is about this sandbox.
@@ -65,9 +67,14 @@ impl News {
         Self { reason: Some(reason.into()), ..self }
     }
 
+    /// A machine ended like this.
+    pub(crate) fn ended(self, end: &End) -> Self {
+        Self { code: Some(end.code), ..self.because(end.reason.clone()) }
+    }
+
     fn numbered(self, id: u64) -> Event {
-        let Self { kind, sandbox, snapshot, checkpoint, workspace, reason } = self;
-        Event { id, at_unix: unix_now(), event: kind, sandbox, snapshot, checkpoint, workspace, reason }
+        let Self { kind, sandbox, snapshot, checkpoint, workspace, reason, code } = self;
+        Event { id, at_unix: unix_now(), event: kind, sandbox, snapshot, checkpoint, workspace, reason, code }
     }
 }
 
@@ -171,6 +178,11 @@ impl Listener {
         let watching = host.events.newest.subscribe();
         let last = after.unwrap_or_else(|| host.events.newest_id());
         Self { host: Arc::clone(host), watching, last, sandbox }
+    }
+
+    /// The id of the last event that was given, or after which it listens.
+    pub fn last(&self) -> u64 {
+        self.last
     }
 
     /// The next events, at least one; nothing when there are no more to come.

@@ -39,6 +39,8 @@ pub(crate) struct Frozen {
     pub(crate) control: Arc<Control>,
     /// How many disks a child needs overlays for.
     pub(crate) disks: usize,
+    /// Whether its machine has a network interface.
+    pub(crate) network: bool,
     /// How long the source stood still.
     pub(crate) pause_us: u64,
     /// Where that time went.
@@ -60,8 +62,10 @@ impl Frozen {
     pub(crate) fn adopted(host: &Arc<Host>, found: (Arc<Control>, Process), name: String, about: (usize, u64)) -> Self {
         let (control, process) = found;
         let (disks, pause_us) = about;
-        let ends = AtomicBool::new(false);
-        Self { host: Arc::clone(host), name, process, ends, control, disks, pause_us, stages: StageTimings::default() }
+        let (ends, stages) = (AtomicBool::new(false), StageTimings::default());
+        // It does not say any more; one that has none ignores the tap.
+        let (host, network) = (Arc::clone(host), true);
+        Self { host, name, process, ends, control, disks, network, pause_us, stages }
     }
 
     /// Its process.
@@ -97,6 +101,10 @@ impl Frozen {
             roles.push(Role::DiskOverlay);
             fds.push(host.files.overlay().map_err(NodeError::io("create a scratch file for a disk"))?);
         }
+        if let Some(group) = host.groups.helpers() {
+            roles.push(Role::Cgroup);
+            fds.push(group);
+        }
         if lifetime == Lifetime::Checkpoint {
             let path = host.files.control(&name);
             roles.push(Role::ControlListener);
@@ -120,9 +128,9 @@ impl Frozen {
             };
             host.database.note_helper(process.key(), name.clone());
             let ends = AtomicBool::new(true);
-            let frozen = Self { host, name, process, ends, control, disks, pause_us, stages };
+            let mut frozen = Self { host, name, process, ends, control, disks, network: false, pause_us, stages };
             let event = ready.wait().await?;
-            expect_event!(frozen.name, event, Ready { vcpus })?;
+            frozen.network = expect_event!(frozen.name, event, Ready { network })?;
             if lifetime == Lifetime::Checkpoint {
                 frozen.keep();
             }

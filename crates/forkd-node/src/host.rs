@@ -4,10 +4,12 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use forkd_net::Networks;
 use forkd_store::{CpuFacts, Store};
 use rustix::fs::{Mode, OFlags};
 
-use crate::cgroup::Cgroups;
+use crate::admission::Admission;
+use crate::allotment::Groups;
 use crate::config::NodeConfig;
 use crate::database::Database;
 use crate::error::{NodeError, NodeResult};
@@ -20,7 +22,9 @@ pub(crate) struct Host {
     pub(crate) store: Store,
     pub(crate) database: Database,
     pub(crate) files: RunFiles,
-    pub(crate) cgroups: Cgroups,
+    pub(crate) groups: Groups,
+    pub(crate) admission: Admission,
+    pub(crate) networks: Option<Networks>,
     pub(crate) cpu: CpuFacts,
     pub(crate) events: Events,
 }

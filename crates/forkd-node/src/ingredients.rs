@@ -54,6 +54,7 @@ impl Node {
             warm: Vec::new(),
             boot_timeout_secs: BOOT_LIMIT_SECS,
             kernel_args: None,
+            volumes: Vec::new(),
             replace: false,
         };
         let bake = Bake::prepare(&self.host, &self.zygotes, &self.brancher.claims, request).await?;

@@ -62,10 +62,17 @@ pub(crate) struct Launched {
     pub(crate) answer: Answer,
 }
 
-/// Starts `program` and sends it `launch` with `fds`; standard error is appended to `log`.
+/// Starts `program` and sends it `launch` with `fds`; standard error is appended to `log`. Before it is told
+/// anything, `place` is given its process id, to put it into a control group.
 ///
 /// The process is reaped by a task when it ends.
-pub(crate) fn launch(program: &Path, log: &Path, launch: &Launch, fds: Vec<OwnedFd>) -> Result<Launched, LaunchError> {
+pub(crate) fn launch(
+    program: &Path,
+    log: &Path,
+    launch: &Launch,
+    fds: Vec<OwnedFd>,
+    place: impl FnOnce(i32),
+) -> Result<Launched, LaunchError> {
     let prepare = |what| {
         let name = launch.name.clone();
         move |source| LaunchError::Prepare { name, what, source }
@@ -86,6 +93,7 @@ pub(crate) fn launch(program: &Path, log: &Path, launch: &Launch, fds: Vec<Owned
             tracing::error!(pid, %error, "cannot wait for monitor");
         }
     });
+    place(pid);
     let control = Control::connected(&launch.name, ours);
     let answer = control.post(launch, fds);
     Ok(Launched { control, process: Owned(process?), answer })
@@ -141,7 +149,8 @@ mod tests {
     async fn a_missing_program_is_named_with_the_remedy() {
         let dir = tempfile::tempdir().expect("tempdir");
         let path = dir.path().join("no-such-vmm");
-        let error = launch(&path, &dir.path().join("log"), &zygote(), Vec::new()).err().expect("missing").to_string();
+        let error =
+            launch(&path, &dir.path().join("log"), &zygote(), Vec::new(), |_| {}).err().expect("missing").to_string();
         assert!(error.contains("no-such-vmm") && error.contains("--vmm"), "{error}");
     }
 
@@ -153,7 +162,7 @@ mod tests {
         std::fs::write(&program, "#!/bin/sh\necho 'kvm is broken' >&2\nexit 3\n").expect("write");
         std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).expect("chmod");
         let log = dir.path().join("log");
-        let launched = launch(&program, &log, &zygote(), Vec::new()).expect("started");
+        let launched = launch(&program, &log, &zygote(), Vec::new(), |_| {}).expect("started");
         launched.answer.wait().await.expect_err("it never answers");
         launched.process.0.exited().await;
         assert_eq!(log_tail(&log, 5), "kvm is broken");

@@ -16,6 +16,8 @@
 //! | `lifecycle` | which states a sandbox has and what leads from which to which |
 //! | `sandbox` | one child from its birth to its end, and the roster of all |
 //! | `lifetime` | sandboxes that end by themselves |
+//! | `limits`, `allotment` | what a sandbox may take of the host, and what is set aside for it |
+//! | `admission` | whether there is room for more |
 //! | `suspend` | putting a running sandbox on disk and ending it |
 //! | `workspaces` | sandboxes with a name, suspended and resumed |
 //! | `activity` | whether a sandbox is in use |
@@ -24,6 +26,7 @@
 //! | `adoption` | finding running sandboxes again after a restart |
 //! | `bake` | boot, warm, snapshot |
 //! | `ingredients` | a kernel and a root disk of this host, made ready to bake |
+//! | `volumes` | further disks of a bake |
 //! | `birth` | one child, from its fork until its agent answers |
 //! | `frozen` | copies of running machines that hold still |
 //! | `checkpoints` | frozen copies that a sandbox can be brought back to |
@@ -36,16 +39,18 @@
 //! | `working_set` | which pages a zygote has read ahead |
 //! | `guest` | requests to the agent in a guest |
 //! | `console`, `console_stream` | what guests write to their consoles |
+//! | `networks` | whether sandboxes have networks |
 //! | `run_files` | sockets, consoles and scratch files |
 //! | `database` | what must outlive this process |
 
 mod activity;
+mod admission;
 mod adoption;
+mod allotment;
 mod bake;
 mod birth;
 mod branch;
 mod branch_slots;
-mod cgroup;
 mod checkpoints;
 mod claims;
 mod compact;
@@ -66,8 +71,10 @@ mod ingredients;
 mod launch;
 mod lifecycle;
 mod lifetime;
+mod limits;
 mod lineage;
 mod memory;
+mod networks;
 mod node;
 mod packs;
 mod process;
@@ -79,12 +86,13 @@ mod snapshots;
 mod spawn;
 mod suspend;
 mod usage;
+mod volumes;
 mod working_set;
 mod workspaces;
 mod zygotes;
 
 pub use activity::InUse;
-pub use config::{NodeConfig, NodeConfigError};
+pub use config::{LimitsMode, NodeConfig, NodeConfigError};
 pub use console_stream::ConsoleStream;
 pub use control::MonitorError;
 pub use database::DatabaseError;
@@ -98,6 +106,7 @@ pub use guest::{
     Tunnel, Upload,
 };
 pub use launch::LaunchError;
+pub use networks::{NetworkMode, NetworkSettings};
 pub use node::ANSWER_GRACE;
 pub use node::{BlobUpload, Node};
 pub use snapshots::Removal;

@@ -19,6 +19,24 @@
 //! A machine that is suspending stands still: its process is stopped, so that nothing that happens after the instant
 //! that is put on disk can be lost with it.
 
+use forkd_types::rest::EndCode;
+
+/// How a sandbox's machine ended.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct End {
+    /// For programs.
+    pub(crate) code: EndCode,
+    /// What it did, as a predicate: `was powered off`.
+    pub(crate) reason: String,
+}
+
+impl End {
+    /// It is gone and nobody can say more than `reason`.
+    pub(crate) fn lost(reason: impl Into<String>) -> Self {
+        Self { code: EndCode::Lost, reason: reason.into() }
+    }
+}
+
 /// What a sandbox in the roster is doing. `M` is what drives its machine.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) enum Condition<M> {
@@ -27,11 +45,7 @@ pub(crate) enum Condition<M> {
     /// Its machine stands still while it is put on disk.
     Suspending(M),
     /// It has no machine.
-    Stopped {
-        /// What it did, as a predicate: `was powered off`.
-        reason: String,
-        at_unix: u64,
-    },
+    Stopped { end: End, at_unix: u64 },
 }
 
 /// What can happen to a sandbox in the roster.
@@ -42,7 +56,7 @@ pub(crate) enum Step<M> {
     /// It was not put on disk, and goes on.
     GoOn,
     /// It has no machine any more.
-    Stop { reason: String, at_unix: u64 },
+    Stop { end: End, at_unix: u64 },
     /// It has another machine.
     Replace(M),
 }
@@ -50,8 +64,8 @@ pub(crate) enum Step<M> {
 /// Why a step does not belong.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) enum Refusal {
-    /// It needs a machine, and that ended for this reason.
-    Stopped(String),
+    /// It needs a machine, and that ended like this.
+    Stopped(End),
     /// It needs one that does not stand still.
     Suspending,
     /// Nothing is being put on disk.
@@ -72,7 +86,7 @@ impl<M: Clone> Condition<M> {
         match self {
             Self::Running(machine) => Ok(machine),
             Self::Suspending(_) => Err(Refusal::Suspending),
-            Self::Stopped { reason, .. } => Err(Refusal::Stopped(reason.clone())),
+            Self::Stopped { end, .. } => Err(Refusal::Stopped(end.clone())),
         }
     }
 
@@ -84,14 +98,12 @@ impl<M: Clone> Condition<M> {
         match (self, step) {
             (Self::Running(machine), Step::Suspend) => Ok(Self::Suspending(machine.clone())),
             (Self::Suspending(machine), Step::GoOn) => Ok(Self::Running(machine.clone())),
-            (Self::Running(_) | Self::Suspending(_), Step::Stop { reason, at_unix }) => {
-                Ok(Self::Stopped { reason, at_unix })
-            }
+            (Self::Running(_) | Self::Suspending(_), Step::Stop { end, at_unix }) => Ok(Self::Stopped { end, at_unix }),
             (Self::Running(_) | Self::Stopped { .. }, Step::Replace(machine)) => Ok(Self::Running(machine)),
             (Self::Suspending(_), Step::Suspend | Step::Replace(_)) => Err(Refusal::Suspending),
             (Self::Running(_), Step::GoOn) => Err(Refusal::NotSuspending),
-            (Self::Stopped { reason, .. }, Step::Suspend | Step::GoOn | Step::Stop { .. }) => {
-                Err(Refusal::Stopped(reason.clone()))
+            (Self::Stopped { end, .. }, Step::Suspend | Step::GoOn | Step::Stop { .. }) => {
+                Err(Refusal::Stopped(end.clone()))
             }
         }
     }
@@ -106,7 +118,7 @@ mod tests {
         prop_oneof![
             Just(Step::Suspend),
             Just(Step::GoOn),
-            any::<u64>().prop_map(|at_unix| Step::Stop { reason: "ended".to_owned(), at_unix }),
+            any::<u64>().prop_map(|at_unix| Step::Stop { end: End::lost("ended"), at_unix }),
             any::<u8>().prop_map(Step::Replace),
         ]
     }
@@ -135,10 +147,10 @@ mod tests {
 
     #[test]
     fn what_stopped_comes_back_by_a_rewind_alone() {
-        let stopped = Condition::Stopped { reason: "was struck".to_owned(), at_unix: 1 };
-        let again = Step::Stop { reason: "again".to_owned(), at_unix: 2 };
+        let stopped = Condition::Stopped { end: End::lost("was struck"), at_unix: 1 };
+        let again = Step::Stop { end: End::lost("again"), at_unix: 2 };
         for step in [Step::Suspend, Step::GoOn, again] {
-            assert_eq!(stopped.after(step), Err(Refusal::Stopped("was struck".to_owned())), "the first reason stays");
+            assert_eq!(stopped.after(step), Err(Refusal::Stopped(End::lost("was struck"))), "the first reason stays");
         }
         assert_eq!(stopped.after(Step::Replace(7)), Ok(Condition::Running(7)));
     }

@@ -6,7 +6,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use forkd_types::rest::{EventKind, LIFETIME_LIMIT_SECS, OnTimeout, SandboxInfo, SnapshotInfo, TimeoutRequest};
+use forkd_types::rest::{
+    EndCode, EventKind, LIFETIME_LIMIT_SECS, OnTimeout, SandboxInfo, SnapshotInfo, TimeoutRequest,
+};
 use forkd_types::{SandboxId, Tag};
 
 use crate::branch::Brancher;
@@ -15,6 +17,7 @@ use crate::database::Expiry;
 use crate::error::{NodeError, NodeResult};
 use crate::events::News;
 use crate::host::{Host, unix_now};
+use crate::lifecycle::End;
 use crate::sandbox::{Roster, Sandbox};
 use crate::workspaces::Workspaces;
 
@@ -79,11 +82,12 @@ impl Lifetimes {
         let tag = suspended_tag(&sandbox.id)?;
         let suspended = self.brancher.suspend(sandbox, &tag).await?;
         let reason = format!("was suspended to snapshot {tag}; spawn that to go on");
+        let end = End { code: EndCode::Suspended, reason };
         let (id, key) = (sandbox.id.clone(), suspended.key());
-        self.host.database.stopping(id, key, reason.clone(), unix_now()).await?;
+        self.host.database.stopping(id, key, end.clone(), unix_now()).await?;
         let snapshot = suspended.done();
         sandbox.set_expiry(None);
-        self.roster.retire(sandbox, reason)?;
+        self.roster.retire(sandbox, end)?;
         self.host.events.tell(News::of(EventKind::SandboxSuspended).sandbox(&sandbox.id).snapshot(&tag));
         Ok(snapshot)
     }

@@ -10,8 +10,11 @@ use crate::database::Base;
 use crate::host::unix_now;
 
 /// A snapshot that depends on no other is written whole when it would have more memory layers than this.
-/// Each is a descriptor of a zygote, and twice that with the disk's.
 const LAYERS_LIMIT: usize = 48;
+
+/// And also when it would have more layers of memory and disks together. Each is a descriptor of a zygote and of its
+/// children, which close all others and so are slower to come up the more there are.
+const DESCRIPTORS_LIMIT: usize = 192;
 
 /// How many layers of memory a chain has in all.
 fn layer_count(chain: &[Snapshot]) -> usize {
@@ -22,6 +25,7 @@ fn layer_count(chain: &[Snapshot]) -> usize {
 pub(crate) fn describe(tag: &Tag, facts: &SnapshotFacts, origin: &SnapshotMeta, vmstate_bytes: u64) -> SnapshotMeta {
     let bases: Vec<_> = origin.disks.iter().map(|disk| (disk.base, disk.logical_bytes)).collect();
     let mut meta = SnapshotMeta::new(tag.clone(), unix_now(), facts, vmstate_bytes, &bases, origin.boot.clone());
+    meta.set_volumes(origin.volumes().map(|(_, volume)| volume.clone()));
     meta.warm.clone_from(&origin.warm);
     meta.memory_backing = origin.memory_backing;
     meta
@@ -29,7 +33,10 @@ pub(crate) fn describe(tag: &Tag, facts: &SnapshotFacts, origin: &SnapshotMeta, 
 
 /// How much is written of a machine that changes `chain`, for a snapshot that is to depend on no other.
 pub(crate) fn contents_over(chain: &[Snapshot]) -> Contents {
-    if layer_count(chain) < LAYERS_LIMIT { Contents::Changes } else { Contents::Whole }
+    let of_disks = |snapshot: &Snapshot| snapshot.meta.disks.iter().map(|disk| disk.layers.len()).sum::<usize>();
+    let memory = layer_count(chain);
+    let all = memory + chain.iter().map(of_disks).sum::<usize>();
+    if memory < LAYERS_LIMIT && all < DESCRIPTORS_LIMIT { Contents::Changes } else { Contents::Whole }
 }
 
 /// The snapshot `base` and all that it derives from, the base first. Nothing when it is gone, or when another

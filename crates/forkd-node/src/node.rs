@@ -21,10 +21,11 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use crate::activity::InUse;
+use crate::admission::{Admission, HostMemory};
+use crate::allotment::Groups;
 use crate::bake::Bake;
 use crate::branch::{Brancher, Order};
 use crate::branch_slots::BranchSlots;
-use crate::cgroup::Cgroups;
 use crate::checkpoints::Checkpoints;
 use crate::claims::Claims;
 use crate::config::NodeConfig;
@@ -37,13 +38,14 @@ use crate::events::{Events, Listener, News};
 use crate::gauges::{self, NodeGauges, ZygoteGauge};
 use crate::guest::{GuestConnection, GuestError};
 use crate::host::{Host, blocking};
+use crate::lifecycle::End;
 use crate::lifetime::Lifetimes;
 use crate::run_files::RunFiles;
-use crate::sandbox::{Roster, Sandbox, clear};
+use crate::sandbox::{Roster, Sandbox, clear, dissolve};
 use crate::snapshots::{self, Removal};
 use crate::workspaces::Workspaces;
 use crate::zygotes::Zygotes;
-use crate::{adoption, console, cpu, memory, spawn};
+use crate::{adoption, console, cpu, memory, networks, spawn};
 
 /// How often idle zygotes, old records and large consoles are looked for.
 const TIDY_EVERY: Duration = Duration::from_secs(15);
@@ -175,6 +177,15 @@ impl Node {
         Ok(self.host.database.note_answer(key, answer).await?)
     }
 
+    /// Puts away the networks that no sandbox has; those of sandboxes that run on stay for the next node.
+    pub async fn close_networks(&self) {
+        if let Some(networks) = self.host.networks.clone()
+            && let Err(error) = blocking("putting networks away", move || networks.close()).await
+        {
+            tracing::warn!(%error, "networks may be left; the next daemon removes them");
+        }
+    }
+
     /// Ends every sandbox and waits until the monitors have ended.
     pub async fn kill_all(&self) {
         for sandbox in self.roster.all() {
@@ -185,6 +196,7 @@ impl Node {
             {
                 running.process.exited().await;
                 clear(&self.host, &sandbox.id);
+                dissolve(running).await;
             }
         }
     }
@@ -556,7 +568,16 @@ async fn explain_loss(sandbox: &Sandbox, what: &'static str, source: GuestError)
             Err(stopped) => return stopped,
             Ok(running) => {
                 if let Ok(ending) = tokio::time::timeout(MOMENT, running.control.closed()).await {
-                    return NodeError::SandboxStopped { id, reason: ending.describe() };
+                    // The end of the connection is seen before that of the process, whose group tells why.
+                    let _ = tokio::time::timeout(MOMENT, running.process.exited()).await;
+                    let End { code, reason } = match running.allotment.out_of_memory() {
+                        Some(end) => end,
+                        None => match sandbox.running() {
+                            Err(stopped) => return stopped,
+                            Ok(_) => ending.end(),
+                        },
+                    };
+                    return NodeError::SandboxStopped { id, code, reason };
                 }
             }
         }
@@ -571,8 +592,11 @@ fn open_host(config: NodeConfig) -> NodeResult<Host> {
     let store = Store::open(&config.store_root)?;
     let database = Database::open(&path.join("forkd.db"))?;
     let cpu = cpu::host().map_err(NodeError::io("read /proc/cpuinfo"))?;
-    let cgroups = Cgroups::below(config.cgroup_root.clone());
-    Ok(Host { config, store, database, files, cgroups, cpu, events: Events::new() })
+    let groups = Groups::open(&config);
+    let total = HostMemory::now().map_err(NodeError::io("read /proc/meminfo"))?.total;
+    let admission = Admission::new(total, config.memory_reserve, config.memory_overcommit);
+    let networks = networks::open(&config)?;
+    Ok(Host { config, store, database, files, groups, admission, networks, cpu, events: Events::new() })
 }
 
 /// Each sandbox costs two descriptors, and a spawn of a thousand some thousands more for a moment.

@@ -4,7 +4,7 @@
 //! `/proc/<pid>/stat` shows; the pair is written to the database and checked again after a restart.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::process::{Pid, PidfdFlags, Signal};
 use tokio::io::unix::AsyncFd;
@@ -61,6 +61,11 @@ impl Process {
     /// Number and start time.
     pub(crate) fn key(&self) -> ProcessKey {
         self.key
+    }
+
+    /// What stands for the process.
+    pub(crate) fn pidfd(&self) -> BorrowedFd<'_> {
+        self.pidfd.get_ref().as_fd()
     }
 
     /// Ends the process at once. Ending one that has ended already is no error.

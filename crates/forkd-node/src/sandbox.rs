@@ -12,14 +12,15 @@ use forkd_types::SandboxId;
 use forkd_types::rest::{EventKind, GUEST_ADDR, SandboxInfo};
 
 use crate::activity::{Activity, InUse};
-use crate::checkpoints::rewinding_name;
+use crate::allotment::Allotment;
 use crate::control::Control;
 use crate::database::{Base, Branches, Expiry, Origin};
 use crate::error::{NodeError, NodeResult};
 use crate::events::News;
 use crate::guest::Guest;
-use crate::host::{Host, unix_now};
-use crate::lifecycle::{self, Refusal, Step};
+use crate::host::{Host, blocking, unix_now};
+use crate::lifecycle::{self, End, Refusal, Step};
+use crate::networks::Network;
 use crate::process::Process;
 
 /// How long a monitor that closed its control connection may take to end.
@@ -31,6 +32,10 @@ pub(crate) struct Running {
     pub(crate) control: Arc<Control>,
     /// Its monitor.
     pub(crate) process: Process,
+    /// What the host set aside for it.
+    pub(crate) allotment: Allotment,
+    /// What it is plugged into.
+    pub(crate) network: Option<Network>,
 }
 
 type Condition = lifecycle::Condition<Arc<Running>>;
@@ -52,8 +57,8 @@ pub(crate) struct Sandbox {
 
 impl Sandbox {
     /// A sandbox that ended before this daemon started.
-    pub(crate) fn stopped(host: &Host, about: About, reason: String, at_unix: u64) -> Arc<Self> {
-        Self::new(host, about, Condition::Stopped { reason, at_unix })
+    pub(crate) fn stopped(host: &Host, about: About, end: End, at_unix: u64) -> Arc<Self> {
+        Self::new(host, about, Condition::Stopped { end, at_unix })
     }
 
     fn new(host: &Host, about: About, condition: Condition) -> Arc<Self> {
@@ -116,23 +121,26 @@ impl Sandbox {
             Condition::Running(running) | Condition::Suspending(running) => {
                 (Some(running.process.key().pid.unsigned_abs()), None)
             }
-            Condition::Stopped { reason, .. } => (None, Some(reason)),
+            Condition::Stopped { end, .. } => (None, Some(end)),
         };
+        let limits = self.origin.limits;
         let Branches { count, last } = self.branches().clone();
         SandboxInfo {
             id: self.id.clone(),
             snapshot_tag: self.origin.snapshot_tag.clone(),
-            netns: None,
+            netns: self.machine().and_then(|machine| machine.network.as_ref()?.shown_name()),
             guest_addr: GUEST_ADDR.to_owned(),
             created_at_unix: self.origin.created_at_unix,
             pid,
-            memory_limit_mib: self.origin.memory_limit_mib,
+            memory_limit_mib: limits.memory_mib,
             has_branched: count > 0,
             last_branch_memory_path: last,
             branch_count: count,
-            stopped,
+            stopped_code: stopped.as_ref().map(|end| end.code),
+            stopped: stopped.map(|end| end.reason),
             forked_from: self.origin.forked_from.clone(),
             expires_at_unix: self.expiry().map(|expiry| expiry.at_unix),
+            limits: (!limits.is_empty()).then_some(limits),
         }
     }
 
@@ -171,10 +179,11 @@ impl Sandbox {
     fn refused(&self, refusal: Refusal) -> NodeError {
         let id = self.id.clone();
         match refusal {
-            Refusal::Stopped(reason) => NodeError::SandboxStopped { id, reason },
+            Refusal::Stopped(End { code, reason }) => NodeError::SandboxStopped { id, code, reason },
             Refusal::Suspending => NodeError::SandboxSuspending { id },
             Refusal::NotSuspending => {
-                NodeError::SandboxStopped { id, reason: "is not being suspended, and runs".to_owned() }
+                let End { code, reason } = End::lost("is not being suspended, and runs");
+                NodeError::SandboxStopped { id, code, reason }
             }
         }
     }
@@ -244,6 +253,7 @@ impl Drop for Newborn {
         tokio::spawn(async move {
             running.process.exited().await;
             clear(&host, &id);
+            dissolve(Arc::new(running)).await;
         });
     }
 }
@@ -251,14 +261,24 @@ impl Drop for Newborn {
 /// Removes what is left of a sandbox whose process has ended, or never was.
 pub(crate) fn clear(host: &Host, id: &SandboxId) {
     host.files.remove(id.as_str(), false);
-    remove_groups(host, id);
     host.database.forget(vec![id.clone()]);
 }
 
-/// Removes the control groups of a sandbox: that of its first machine and that of those it was rewound to.
-fn remove_groups(host: &Host, id: &SandboxId) {
-    host.cgroups.remove(id.as_str());
-    host.cgroups.remove(&rewinding_name(id));
+/// Ends a machine that is nobody's, and takes back what the host set aside for it.
+pub(crate) fn discard(running: Arc<Running>) {
+    running.process.kill();
+    tokio::spawn(async move {
+        running.process.exited().await;
+        dissolve(running).await;
+    });
+}
+
+/// Takes back what the host set aside for a machine that has ended.
+pub(crate) async fn dissolve(running: Arc<Running>) {
+    let dissolving = blocking("removing a control group", move || running.allotment.dissolve());
+    if let Err(error) = dissolving.await {
+        tracing::warn!(%error, "a control group may be left");
+    }
 }
 
 /// Every sandbox that clients know of.
@@ -323,12 +343,12 @@ impl Roster {
         {
             let sandboxes = self.sandboxes.write().unwrap_or_else(PoisonError::into_inner);
             if !sandboxes.get(&sandbox.id).is_some_and(|known| Arc::ptr_eq(known, sandbox)) {
-                running.process.kill();
+                discard(running);
                 return Err(NodeError::SandboxNotFound { id: sandbox.id.clone() });
             }
             let before = sandbox.machine();
             if let Err(refusal) = sandbox.step(Step::Replace(Arc::clone(&running))) {
-                running.process.kill();
+                discard(running);
                 return Err(refusal);
             }
             if let Some(before) = before {
@@ -374,9 +394,9 @@ impl Roster {
     }
 
     /// Marks a sandbox whose machine is on disk as stopped, and ends the machine; `watch` clears up behind it.
-    pub(crate) fn retire(&self, sandbox: &Sandbox, reason: String) -> NodeResult<()> {
+    pub(crate) fn retire(&self, sandbox: &Sandbox, end: End) -> NodeResult<()> {
         let machine = sandbox.machine();
-        sandbox.step(Step::Stop { reason, at_unix: unix_now() })?;
+        sandbox.step(Step::Stop { end, at_unix: unix_now() })?;
         if let Some(machine) = machine {
             machine.process.kill();
         }
@@ -413,21 +433,20 @@ impl Roster {
                 }
             }
         };
-        match self.note_stopped(&sandbox, &running, ending.describe()) {
-            Fate::Stopped => {
-                self.host.files.remove(sandbox.id.as_str(), true);
-                remove_groups(&self.host, &sandbox.id);
-            }
+        let end = running.allotment.out_of_memory().unwrap_or_else(|| ending.end());
+        match self.note_stopped(&sandbox, &running, end) {
+            Fate::Stopped => self.host.files.remove(sandbox.id.as_str(), true),
             Fate::Removed => clear(&self.host, &sandbox.id),
             Fate::Replaced => {}
         }
         // One that was put on disk was left to the next start to end, had this one not lived to.
         self.host.database.forget_helper(running.process.key());
+        dissolve(running).await;
     }
 
     /// Marks a sandbox as stopped unless it was removed, or goes on in another machine; a removal sees it
     /// either running or stopped, never in between.
-    fn note_stopped(&self, sandbox: &Arc<Sandbox>, ended: &Arc<Running>, reason: String) -> Fate {
+    fn note_stopped(&self, sandbox: &Arc<Sandbox>, ended: &Arc<Running>, end: End) -> Fate {
         let sandboxes = self.sandboxes.write().unwrap_or_else(PoisonError::into_inner);
         if !sandboxes.get(&sandbox.id).is_some_and(|known| Arc::ptr_eq(known, sandbox)) {
             return Fate::Removed;
@@ -439,11 +458,11 @@ impl Roster {
             None => return Fate::Stopped,
         }
         let at_unix = unix_now();
-        tracing::warn!(sandbox = %sandbox.id, reason, "sandbox stopped");
-        if sandbox.step(Step::Stop { reason: reason.clone(), at_unix }).is_ok() {
+        tracing::warn!(sandbox = %sandbox.id, code = end.code.name(), reason = end.reason, "sandbox stopped");
+        if sandbox.step(Step::Stop { end: end.clone(), at_unix }).is_ok() {
             let news = News::of(EventKind::SandboxStopped).sandbox(&sandbox.id);
-            self.host.events.tell(news.because(reason.clone()));
-            self.host.database.stopped(sandbox.id.clone(), reason, at_unix);
+            self.host.events.tell(news.ended(&end));
+            self.host.database.stopped(sandbox.id.clone(), end, at_unix);
         }
         Fate::Stopped
     }

@@ -50,6 +50,10 @@ impl SnapshotWriter {
             roles.push(Role::DiskOverlay);
             fds.push(host.files.overlay().map_err(here("create a scratch file for a disk"))?);
         }
+        if let Some(group) = host.groups.helpers() {
+            roles.push(Role::Cgroup);
+            fds.push(group);
+        }
         let limit = host.config.child_deadline;
         // In a task of its own: a writer that was asked for comes to be even if nobody waits any longer, and
         // must then be ended.

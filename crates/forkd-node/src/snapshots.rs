@@ -9,6 +9,7 @@ use forkd_types::Tag;
 use forkd_types::rest::{SnapshotDetail, SnapshotInfo, SnapshotStatus, VerifyProgress};
 
 use crate::error::{NodeResult, with_causes};
+use crate::volumes;
 
 /// What a removal does about snapshots that derive from the removed one.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -73,6 +74,7 @@ pub(crate) fn ready_info(snapshot: &Snapshot, stored_bytes: Option<u64>) -> Snap
         bootable: true,
         memory_bytes: Some(meta.memory_bytes),
         stored_bytes,
+        volumes: volumes::infos(snapshot),
     }
 }
 
@@ -124,6 +126,7 @@ pub(crate) fn unusable(tag: &Tag, dir: &Path, warning: Option<String>) -> Snapsh
         bootable: false,
         memory_bytes: None,
         stored_bytes: None,
+        volumes: Vec::new(),
     }
 }
 

@@ -7,17 +7,21 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use forkd_types::rest::{ForkRequest, OnTimeout, SPAWN_LIMIT, SpawnFailure, SpawnReport, SpawnRequest, SpawnTimings};
-use forkd_types::{ByteSize, StageTimings};
+use forkd_types::StageTimings;
+use forkd_types::rest::{
+    ForkRequest, OnTimeout, SPAWN_LIMIT, SandboxLimits, SpawnFailure, SpawnReport, SpawnRequest, SpawnTimings,
+};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
+use crate::admission::{HostMemory, Promise};
 use crate::birth::{Parent, bring_up};
 use crate::database::{Branches, Expiry, Origin};
 use crate::error::{NodeError, NodeResult};
 use crate::frozen::{Frozen, Lifetime};
 use crate::host::{Host, unix_now};
 use crate::lifetime;
+use crate::limits;
 use crate::sandbox::{About, Newborn, Roster, Sandbox};
 use crate::zygotes::{ZygoteKey, Zygotes};
 
@@ -25,31 +29,26 @@ use crate::zygotes::{ZygoteKey, Zygotes};
 #[derive(Clone, Copy)]
 struct Order {
     n: u32,
-    memory_limit_mib: Option<u64>,
+    limits: SandboxLimits,
     expiry: Option<Expiry>,
+    /// Whether clients are told the names of namespaces.
+    shows_netns: bool,
     arrived: Instant,
 }
 
 impl Order {
     fn check(
         n: u32,
-        memory_limit_mib: Option<u64>,
+        limits: NodeResult<SandboxLimits>,
         timeout: (Option<u64>, Option<OnTimeout>),
         arrived: Instant,
     ) -> NodeResult<Self> {
         if !(1..=SPAWN_LIMIT).contains(&n) {
             return Err(NodeError::SpawnCount { n });
         }
-        if memory_limit_mib == Some(0) {
-            let (field, value) = ("memory_limit_mib", "0".to_owned());
-            return Err(NodeError::BadField { field, value, rule: "leave it out for no limit" });
-        }
+        let limits = limits?;
         let expiry = lifetime::expiry(timeout.0, timeout.1)?;
-        Ok(Self { n, memory_limit_mib, expiry, arrived })
-    }
-
-    fn memory_limit(&self) -> Option<ByteSize> {
-        self.memory_limit_mib.map(|mib| ByteSize(mib.saturating_mul(1 << 20)))
+        Ok(Self { n, limits, expiry, shows_netns: false, arrived })
     }
 }
 
@@ -72,7 +71,11 @@ pub(crate) async fn spawn(
     arrived: Instant,
 ) -> NodeResult<SpawnReport> {
     let timeout = (request.timeout_secs, request.on_timeout);
-    let order = Order::check(request.n, request.memory_limit_mib, timeout, arrived)?;
+    let limits = limits::asked(request.memory_limit_mib, request.limits);
+    let order = Order::check(request.n, limits, timeout, arrived)?;
+    let order = Order { shows_netns: request.per_child_netns, ..order };
+    let warning = host.groups.check(&order.limits)?;
+    let promises = promises(host, &order)?;
     let key = ZygoteKey { tag: request.snapshot_tag.parse()?, huge_pages: request.hugepages };
     let zygote = zygotes.lease(&key).await?;
     let origin = Origin {
@@ -80,15 +83,15 @@ pub(crate) async fn spawn(
         snapshot_digest: Some(zygote.snapshot_digest),
         forked_from: None,
         created_at_unix: unix_now(),
-        memory_limit_mib: order.memory_limit_mib,
+        limits: order.limits,
         disks: zygote.disks,
         base: None,
         auto_checkpoint: request.auto_checkpoint.is_some(),
     };
     let mut stages = StageTimings::default();
     stages.record("lease", arrived.elapsed());
-    let warnings = zygote.warnings.clone();
-    let report = raise(host, roster, Parent::Zygote(Arc::clone(&zygote)), origin, order, stages).await?;
+    let warnings = zygote.warnings.iter().cloned().chain(warning).collect();
+    let report = raise(host, roster, Parent::Zygote(Arc::clone(&zygote)), origin, order, promises, stages).await?;
     if let Some(running) = report.sandboxes.first().and_then(|first| roster.get(&first.id).ok()?.running().ok()) {
         zygote.working_set.learn(host, Arc::clone(&running.control));
     }
@@ -106,14 +109,18 @@ pub(crate) async fn fork(
     request: &ForkRequest,
     arrived: Instant,
 ) -> NodeResult<SpawnReport> {
-    let memory_limit_mib = request.memory_limit_mib.or(sandbox.origin.memory_limit_mib);
+    let limits = limits::asked_of_copy(request.memory_limit_mib, request.limits, sandbox.origin.limits);
     let timeout = (request.timeout_secs, request.on_timeout);
-    let order = Order::check(request.n, memory_limit_mib, timeout, arrived)?;
+    let order = Order::check(request.n, limits, timeout, arrived)?;
+    let of_source = sandbox.machine().and_then(|machine| machine.network.clone());
+    let order = Order { shows_netns: of_source.is_some_and(|network| network.is_shown()), ..order };
+    let warning = host.groups.check(&order.limits)?;
+    let promises = promises(host, &order)?;
     let frozen = Frozen::of(host, sandbox, Lifetime::Daemon).await?;
     let origin = Origin {
         forked_from: Some(sandbox.id.clone()),
         created_at_unix: unix_now(),
-        memory_limit_mib,
+        limits: order.limits,
         base: sandbox.base(),
         ..sandbox.origin.clone()
     };
@@ -122,7 +129,14 @@ pub(crate) async fn fork(
     for stage in &frozen.stages.0 {
         stages.record(&format!("freeze.{}", stage.name), Duration::from_micros(stage.us));
     }
-    raise(host, roster, Parent::Frozen(Arc::new(frozen)), origin, order, stages).await
+    let report = raise(host, roster, Parent::Frozen(Arc::new(frozen)), origin, order, promises, stages).await?;
+    Ok(SpawnReport { warnings: Vec::from_iter(warning), ..report })
+}
+
+/// Room for all children, or the reason why there is none.
+fn promises(host: &Host, order: &Order) -> NodeResult<Vec<Option<Promise>>> {
+    let now = HostMemory::now().map_err(NodeError::io("read /proc/meminfo"))?;
+    host.admission.admit(order.n, limits::memory(&order.limits), now)
 }
 
 /// Forks the children of one request; `stages` is what was done for all of them.
@@ -132,6 +146,7 @@ async fn raise(
     parent: Parent,
     origin: Origin,
     order: Order,
+    promises: Vec<Option<Promise>>,
     stages: StageTimings,
 ) -> NodeResult<SpawnReport> {
     let arrived = order.arrived;
@@ -139,7 +154,7 @@ async fn raise(
     let ready = arrived.elapsed();
     let turns = Arc::new(Semaphore::new(host.config.spawn_concurrency));
     let mut coming = JoinSet::new();
-    for id in ids {
+    for (id, promise) in ids.into_iter().zip(promises) {
         let newborn = Newborn::expecting(host, id);
         let (host, parent, turns) = (Arc::clone(host), parent.clone(), Arc::clone(&turns));
         let mut stages = stages.clone();
@@ -148,7 +163,7 @@ async fn raise(
             let _turn = turns.acquire_owned().await.expect("the semaphore is never closed");
             stages.record("queue", arrived.elapsed().saturating_sub(ready));
             let limit = host.config.child_deadline;
-            let rising = bring_up(&host, &parent, newborn, order.memory_limit(), &mut stages);
+            let rising = bring_up(&host, &parent, newborn, &order.limits, promise, order.shows_netns, &mut stages);
             let newborn = match tokio::time::timeout(limit, rising).await {
                 Ok(result) => result.map_err(|reason| (id.clone(), reason))?,
                 Err(_) => {
@@ -230,7 +245,8 @@ mod tests {
 
     #[test]
     fn counts_and_limits_are_checked_at_their_edges() {
-        let check = |n, limit| Order::check(n, limit, (None, None), Instant::now()).map(|order| order.n);
+        let check =
+            |n, limit| Order::check(n, limits::asked(limit, None), (None, None), Instant::now()).map(|order| order.n);
         assert_eq!(check(1, None).expect("one"), 1);
         assert_eq!(check(1000, Some(64)).expect("a thousand"), 1000);
         assert!(matches!(check(0, None), Err(NodeError::SpawnCount { n: 0 })));

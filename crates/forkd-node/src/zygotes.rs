@@ -15,6 +15,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use forkd_jail::cgroup::Group;
 use forkd_proto::monitor::{Backing, Launch, LaunchAction, Role, ZygoteConfig};
 use forkd_store::{Snapshot, StoreError};
 use forkd_types::{Digest, Tag};
@@ -25,8 +26,9 @@ use crate::error::{NodeError, NodeResult};
 use crate::gauges::WarmZygote;
 use crate::host::{Host, Traces, blocking};
 use crate::launch::{self, Launched, Owned};
+use crate::process::{Process, ProcessKey};
 use crate::working_set::WorkingSet;
-use crate::{cpu, memory, process::ProcessKey};
+use crate::{allotment, cpu, memory};
 
 /// What distinguishes zygotes.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
@@ -54,6 +56,8 @@ pub(crate) struct Zygote {
     /// What it does otherwise than asked, for everyone who forks it.
     pub(crate) warnings: Vec<String>,
     memory_bytes: u64,
+    /// Whether its machine has a network interface.
+    pub(crate) network: bool,
 }
 
 impl Zygote {
@@ -167,8 +171,11 @@ impl Zygotes {
         let action = LaunchAction::Zygote(ZygoteConfig { backing, prefetch: working_set.runs.clone() });
         let message = Launch { fds: roles, name: name.clone(), action };
         let log = self.host.files.log(&name);
-        let Launched { control, process, answer } = launch::launch(&self.host.config.vmm, &log, &message, fds)?;
+        let mut group = None;
+        let place = |pid| group = self.host.groups.place_zygote(key.tag.as_str(), pid);
+        let Launched { control, process, answer } = launch::launch(&self.host.config.vmm, &log, &message, fds, place)?;
         let process_key = process.0.key();
+        remove_with(group, process_key.pid);
         self.host.database.note_helper(process_key, name.clone());
         let mut zygote = Zygote {
             host: Arc::clone(&self.host),
@@ -176,11 +183,12 @@ impl Zygotes {
             _process: process,
             _traces: traces,
             control,
-            disks: snapshot.meta.disks.len(),
+            disks: snapshot.meta.disks.iter().filter(|disk| disk.is_writable()).count(),
             snapshot_digest: snapshot.digest,
             working_set,
             warnings: Vec::new(),
             memory_bytes: 0,
+            network: false,
         };
         let failed = |reason: String| {
             let log = launch::log_tail(&log, 10);
@@ -189,15 +197,15 @@ impl Zygotes {
         };
         let limit = self.host.config.zygote_deadline;
         let ready = match tokio::time::timeout(limit, answer.wait()).await {
-            Ok(Ok(event)) => expect_event!(name, event, Ready { vcpus, memory_bytes, warnings }),
+            Ok(Ok(event)) => expect_event!(name, event, Ready { vcpus, memory_bytes, warnings, network }),
             Ok(Err(error)) => Err(error),
             Err(_) => return Err(failed(format!("not ready after {} s", limit.as_secs()))),
         };
-        let (vcpus, memory_bytes, warnings) = ready.map_err(|error| failed(error.to_string()))?;
+        let (vcpus, memory_bytes, warnings, network) = ready.map_err(|error| failed(error.to_string()))?;
         for warning in &warnings {
             tracing::warn!(zygote = name, warning);
         }
-        (zygote.warnings, zygote.memory_bytes) = (warnings, memory_bytes);
+        (zygote.warnings, zygote.memory_bytes, zygote.network) = (warnings, memory_bytes, network);
         tracing::info!(zygote = name, pid = process_key.pid, vcpus, memory_bytes, "zygote ready");
         Ok(zygote)
     }
@@ -211,20 +219,32 @@ impl Zygotes {
             roles.push(Role::MemoryLayer);
             fds.push(open(&path)?);
         }
-        for disk in &snapshot.meta.disks {
-            let blob = self.host.store.blob(&disk.base)?.ok_or_else(|| NodeError::SnapshotNotReady {
-                tag: snapshot.meta.tag.clone(),
-                reason: format!("its root disk {} is not in the store", disk.base),
+        for (index, disk) in snapshot.meta.disks.iter().enumerate() {
+            let blob = self.host.store.blob(&disk.base)?.ok_or_else(|| {
+                let what = disk.volume.as_ref().map_or("its root disk".to_owned(), |volume| {
+                    format!("the image of its volume on {},", volume.path)
+                });
+                let reason = format!("{what} {} is not in the store", disk.base);
+                NodeError::SnapshotNotReady { tag: snapshot.meta.tag.clone(), reason }
             })?;
-            roles.push(Role::DiskBase);
+            roles.push(if disk.is_writable() { Role::DiskBase } else { Role::DiskShared });
             fds.push(blob.file.into());
-        }
-        for path in chain.iter().flat_map(|snapshot| snapshot.disk_layers(0)) {
-            roles.push(Role::DiskLayer);
-            fds.push(open(&path)?);
+            for path in chain.iter().flat_map(|snapshot| snapshot.disk_layers(index)) {
+                roles.push(Role::DiskLayer);
+                fds.push(open(&path)?);
+            }
         }
         Ok((roles, fds))
     }
+}
+
+/// Removes the group of a zygote once that has ended.
+fn remove_with(group: Option<Group>, pid: i32) {
+    let (Some(group), Ok(process)) = (group, Process::child(pid)) else { return };
+    tokio::spawn(async move {
+        process.exited().await;
+        let _ = blocking("removing a control group", move || allotment::dissolve(Some(&group))).await;
+    });
 }
 
 fn open(path: &Path) -> NodeResult<OwnedFd> {

@@ -27,8 +27,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::frame::{FrameError, HEADER_LEN, Header, Kind};
 
-/// The most descriptors one message carries; the kernel's own limit is 253. A zygote of a deep chain is given
-/// a memory and a disk layer for each of its snapshots.
+/// The most descriptors that travel with one call; the kernel's own limit is 253. A message with more, as that to
+/// a zygote of a deep chain with several disks, is sent in as many parts: see [`part`].
 pub const MAX_FDS: usize = 250;
 
 /// What a descriptor that travels with a message is.
@@ -49,11 +49,15 @@ pub enum Role {
     Kernel,
     /// Initramfs, read only.
     Initramfs,
-    /// Immutable raw base image of disk N, read only; repeated in disk order.
+    /// Immutable raw base image of a disk that its machine may write, read only; with [`DiskShared`](Self::DiskShared)
+    /// repeated in disk order.
     DiskBase,
-    /// Empty read-write scratch file for disk N's private blocks; repeated in disk order.
+    /// Raw image of a disk that its machine cannot write, read only. Takes the place of a `DiskBase` in their order;
+    /// neither layers nor overlays go with it.
+    DiskShared,
+    /// Empty read-write scratch file for the private blocks of a disk that can be written; repeated in disk order.
     DiskOverlay,
-    /// Sealed block layer of disk 0, oldest first, read only.
+    /// Sealed block layer, oldest first, read only, of the disk whose `DiskBase` was carried last before it.
     DiskLayer,
     /// Tap device of network interface N; repeated in interface order.
     Tap,
@@ -63,7 +67,7 @@ pub enum Role {
     MemoryLayer,
     /// Directory in which a snapshot's files are created.
     SnapshotDir,
-    /// cgroup directory (v2) that the new process moves into before it runs.
+    /// cgroup directory (v2) that the new process is born into.
     Cgroup,
 }
 
@@ -132,16 +136,20 @@ pub enum Backing {
 #[serde(tag = "op", rename_all = "snake_case")]
 pub enum Command {
     /// Fork a copy that runs. Carries `Control`, `ControlListener`, `VsockListener`, `Console`, one
-    /// `DiskOverlay` per disk for the copy, then, from a running source, one more per disk for the
+    /// `DiskOverlay` per writable disk for the copy, then, from a running source, one more per disk for the
     /// source itself; optionally `Tap`s and `Cgroup`.
     Fork {
         /// What the carried descriptors are, in order.
         fds: Vec<Role>,
         /// Name of the copy.
         name: String,
+        /// How many bytes the disks of the copy may grow by, in all; without end when absent.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        disk_bytes: Option<u64>,
     },
     /// Fork a copy that holds still, as a zygote does, and obeys `Fork`, `Snapshot`, `Pages` and `Kill`.
-    /// Carries `Control` and, from a running source, one `DiskOverlay` per disk for the source. The copy
+    /// Carries `Control` and, from a running source, one `DiskOverlay` per disk for the source; optionally
+    /// `Cgroup`. The copy
     /// says [`Event::Ready`] on its own control connection, and ends with it. If it was given a
     /// `ControlListener`, it waits there for another node instead.
     Freeze {
@@ -151,7 +159,7 @@ pub enum Command {
         name: String,
     },
     /// Fork a copy that writes a snapshot and exits. Carries `Control`, `SnapshotDir`, and, from a
-    /// running source, one `DiskOverlay` per disk for the source.
+    /// running source, one `DiskOverlay` per disk for the source; optionally `Cgroup`.
     Snapshot {
         /// What the carried descriptors are, in order.
         fds: Vec<Role>,
@@ -189,6 +197,9 @@ pub enum Event {
         memory_bytes: u64,
         /// What was done otherwise than asked, for example a fallback to ordinary pages.
         warnings: Vec<String>,
+        /// Whether its machine has a network interface, for which a copy needs a `Tap`.
+        #[serde(default)]
+        network: bool,
     },
     /// The virtual machine runs: its vCPUs are in the guest.
     Running {
@@ -285,8 +296,11 @@ pub struct SnapshotFacts {
     /// Pages that `memory.layer` records as zero although the parent's are not.
     #[serde(default)]
     pub memory_zero_pages: u64,
-    /// Digest and number of blocks of each `disk-N.layer`.
+    /// Digest and number of blocks of each `disk-N.layer` that there is.
     pub disks: Vec<(forkd_types::Digest, u64)>,
+    /// The N of each of them, ascending. Nothing is said by a monitor that writes one for every disk.
+    #[serde(default)]
+    pub disk_numbers: Vec<usize>,
     /// Blocks that each `disk-N.layer` records as zero although those underneath are not.
     #[serde(default)]
     pub disk_zero_blocks: Vec<u64>,
@@ -314,18 +328,28 @@ pub enum StopReason {
     },
 }
 
+/// How much of a frame of which `wire` is left goes out with the next call, and with how many of `fds`, which are
+/// left too. Every part but the last is a single byte, which carries as many descriptors as it can.
+pub fn part(wire: usize, fds: usize) -> (usize, usize) {
+    if fds > MAX_FDS { (1.min(wire), MAX_FDS) } else { (wire, fds) }
+}
+
 /// Sends `message` with `fds` as one frame.
 pub fn send(socket: impl AsFd, message: &impl Serialize, fds: &[BorrowedFd<'_>]) -> Result<(), FrameError> {
     let wire = crate::frame::Frame::json(Kind::Request, message)?.encode();
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
-    let mut sent = 0;
+    let (mut sent, mut fds) = (0, fds);
     while sent < wire.len() {
+        let (bytes, count) = part(wire.len() - sent, fds.len());
+        let (with, later) = fds.split_at(count);
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
-        if sent == 0 && !fds.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(fds)) {
+        if !with.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(with)) {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "too many descriptors for one message").into());
         }
-        match rustix::net::sendmsg(&socket, &[IoSlice::new(&wire[sent..])], &mut ancillary, SendFlags::NOSIGNAL) {
-            Ok(n) => sent += n,
+        let wire = [IoSlice::new(&wire[sent..sent + bytes])];
+        match rustix::net::sendmsg(&socket, &wire, &mut ancillary, SendFlags::NOSIGNAL) {
+            // What was to go with a part goes with its first byte.
+            Ok(n) => (sent, fds) = (sent + n, later),
             Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(io::Error::from(error).into()),
         }
@@ -386,7 +410,7 @@ mod tests {
         let (here, there) = UnixStream::pair().expect("socketpair");
         let mut file = File::from(rustix::fs::memfd_create("carried", rustix::fs::MemfdFlags::CLOEXEC).expect("memfd"));
         file.write_all(b"carried").expect("write");
-        let command = Command::Fork { fds: vec![Role::Console], name: "sb-1-0000".into() };
+        let command = Command::Fork { fds: vec![Role::Console], name: "sb-1-0000".into(), disk_bytes: Some(7) };
         send(&here, &command, &[file.as_fd()]).expect("send");
         drop(here);
         let (got, mut fds): (Command, _) = receive(&there).expect("receive");
@@ -407,6 +431,29 @@ mod tests {
         let Event::Pages { present, present_count, .. } = event else { panic!("not pages") };
         assert_eq!(present_count, 100_000);
         assert!(runs.iter().all(|run| present.iter().any(|wide| wide.first <= run.first && run.end() <= wide.end())));
+    }
+
+    #[test]
+    fn a_message_with_more_descriptors_than_one_call_takes_arrives_whole() {
+        for count in [MAX_FDS, MAX_FDS + 1, 3 * MAX_FDS, 700] {
+            let (here, there) = UnixStream::pair().expect("socketpair");
+            let file =
+                File::from(rustix::fs::memfd_create("numbered", rustix::fs::MemfdFlags::CLOEXEC).expect("memfd"));
+            let null = File::open("/dev/null").expect("open");
+            let mut carried = vec![null.as_fd(); count];
+            carried[count - 1] = file.as_fd();
+            let command = Command::Snapshot { fds: vec![Role::DiskLayer; count], contents: Contents::Whole };
+            let next = Command::Snapshot { fds: vec![Role::SnapshotDir], contents: Contents::Changes };
+            send(&here, &command, &carried).expect("send");
+            send(&here, &next, &[null.as_fd()]).expect("send");
+            let (got, fds): (Command, _) = receive(&there).expect("receive");
+            assert_eq!((got, fds.len()), (command, count));
+            let inode = |fd: BorrowedFd<'_>| rustix::fs::fstat(fd).expect("stat").st_ino;
+            assert_eq!(inode(fds[count - 1].as_fd()), inode(file.as_fd()), "their order is kept");
+            assert_eq!(inode(fds[0].as_fd()), inode(null.as_fd()));
+            let (got, fds): (Command, _) = receive(&there).expect("receive");
+            assert_eq!((got, fds.len()), (next, 1));
+        }
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! ```text
 //! <root>/lock                      held with flock while a store is open; names the holder
 //!        snapshots/<tag>/          immutable: snapshot.json, vmstate, memory.layer, disk-N.layer
-//!        blobs/<64 hex digits>     immutable: kernels, initramfs images, root disks
+//!        blobs/<64 hex digits>     immutable: kernels, initramfs images, disks
 //!        staging/<name>            being written or being removed; emptied at open
 //!        arriving/<name>           whole and on its way to the above; finished at open
 //! ```
@@ -35,7 +35,7 @@ pub use blobs::{Blob, BlobEntry, BlobWriter};
 pub use error::{Result, StoreError};
 pub use meta::{
     Boot, CURRENT, CpuFacts, DISK_LAYER_PREFIX, DiffFacts, Disk, DiskLayer, MEMORY_LAYER, MemoryLayer, ParentRef,
-    SNAPSHOT_JSON, SnapshotMeta, VMSTATE, VmState, disk_layer_name,
+    SNAPSHOT_JSON, SnapshotMeta, VMSTATE, VmState, Volume, disk_layer_name,
 };
 pub use snapshots::{DEPTH_LIMIT, Listed, Snapshot};
 pub use staged::StagedSnapshot;

@@ -1,18 +1,26 @@
 //! `snapshot.json`: what a snapshot is made of and what it needs to run.
 //!
 //! Within one version, fields may be added with a default and readers ignore fields they do not
-//! know. A change of meaning is a new version, which older readers refuse by name.
+//! know. A change of meaning is a new version, which older readers refuse by name. A description is written in the
+//! oldest version that can say it, so that a snapshot without volumes is of use to every reader.
+//!
+//! | version | since |
+//! |---|---|
+//! | 1 | the first |
+//! | 2 | disks besides the root disk, each a volume |
 
 use std::fmt;
 
 use forkd_proto::monitor::{Backing, SnapshotFacts};
-use forkd_types::{Digest, Tag};
+use forkd_types::{Digest, MountPoint, Tag, VolumePolicy, check_places};
 use serde::{Deserialize, Serialize};
 
 use crate::seal;
 
-/// The version that this code writes, and the newest it reads.
-pub const CURRENT: u32 = 1;
+/// The newest version that this code writes and reads.
+pub const CURRENT: u32 = 2;
+/// The oldest version that has volumes.
+const WITH_VOLUMES: u32 = 2;
 /// The largest `snapshot.json` that is read.
 pub(crate) const SIZE_LIMIT: u64 = 1 << 20;
 
@@ -33,7 +41,7 @@ pub fn disk_layer_name(index: usize) -> String {
 /// The contents of `snapshot.json`.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct SnapshotMeta {
-    /// Format version, [`CURRENT`] when written by this code.
+    /// Format version, as [`SnapshotMeta::fitting_version`] says when written by this code.
     pub version: u32,
     /// Name; the directory is called the same.
     pub tag: Tag,
@@ -122,6 +130,36 @@ pub struct Disk {
     pub logical_bytes: u64,
     /// Blocks over the parent's, oldest first.
     pub layers: Vec<DiskLayer>,
+    /// What it is for the guest, unless it is the root disk, which is the first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub volume: Option<Volume>,
+}
+
+/// Where a guest has a disk that is not its root disk, and what copies have of it.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Volume {
+    /// Where it is mounted, or was to be.
+    pub path: MountPoint,
+    /// What copies have of it.
+    pub policy: VolumePolicy,
+}
+
+impl Disk {
+    /// Whether the guest can write to it.
+    pub fn is_writable(&self) -> bool {
+        self.volume.as_ref().is_none_or(|volume| volume.policy.is_writable())
+    }
+
+    /// What is wrong with it as disk `index`, if anything is.
+    fn check(&self, index: usize) -> Result<(), String> {
+        match &self.volume {
+            Some(volume) if index == 0 => Err(format!("its root disk is a volume on {}", volume.path)),
+            Some(volume) if !self.is_writable() && !self.layers.is_empty() => {
+                Err(format!("its volume on {} has changes, and cannot be written", volume.path))
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 /// A file of disk blocks.
@@ -195,8 +233,8 @@ pub struct CpuFacts {
 impl SnapshotMeta {
     /// The description of a base snapshot with the files that its writer reported in `facts`.
     ///
-    /// `bases` holds the base blob and logical size of each disk, in disk order. Parent, source and
-    /// warm languages are left for the caller to fill in.
+    /// `bases` holds the base blob and logical size of each disk, in disk order. Parent, source,
+    /// [volumes](Self::set_volumes) and warm languages are left for the caller to fill in.
     pub fn new(
         tag: Tag,
         created_at_unix: u64,
@@ -206,10 +244,15 @@ impl SnapshotMeta {
         boot: Boot,
     ) -> Self {
         let layer_of = |index: usize| {
-            facts.disks.get(index).map(|&(digest, blocks)| DiskLayer { file: disk_layer_name(index), digest, blocks })
+            let written = match facts.disk_numbers.as_slice() {
+                [] => Some(index),
+                numbers => numbers.iter().position(|number| *number == index),
+            };
+            let (digest, blocks) = *facts.disks.get(written?)?;
+            Some(DiskLayer { file: disk_layer_name(index), digest, blocks })
         };
         Self {
-            version: CURRENT,
+            version: 1,
             tag,
             created_at_unix,
             parent: None,
@@ -233,10 +276,32 @@ impl SnapshotMeta {
                     base,
                     logical_bytes,
                     layers: layer_of(index).into_iter().collect(),
+                    volume: None,
                 })
                 .collect(),
             boot,
             warm: Vec::new(),
+        }
+    }
+
+    /// Says what the disks besides the root disk are, in disk order.
+    pub fn set_volumes(&mut self, volumes: impl IntoIterator<Item = Volume>) {
+        for (disk, volume) in self.disks.iter_mut().skip(1).zip(volumes) {
+            disk.volume = Some(volume);
+        }
+        self.version = self.fitting_version();
+    }
+
+    /// The disks besides the root disk, and what they are.
+    pub fn volumes(&self) -> impl Iterator<Item = (&Disk, &Volume)> {
+        self.disks.iter().filter_map(|disk| Some((disk, disk.volume.as_ref()?)))
+    }
+
+    /// The oldest version that can say what this says.
+    pub fn fitting_version(&self) -> u32 {
+        match self.disks.iter().any(|disk| disk.volume.is_some()) {
+            true => WITH_VOLUMES,
+            false => 1,
         }
     }
 
@@ -319,6 +384,18 @@ impl SnapshotMeta {
                 ));
             }
         }
+        for (index, (own, parents)) in self.disks.iter().zip(&parent.disks).enumerate() {
+            if own.volume != parents.volume {
+                let told = |volume: &Option<Volume>| {
+                    volume.as_ref().map_or_else(
+                        || "no volume".to_owned(),
+                        |volume| format!("a {} volume on {}", volume.policy, volume.path),
+                    )
+                };
+                let (own, parents) = (told(&own.volume), told(&parents.volume));
+                return Err(format!("its disk {index} is {own}, that of its parent {tag} is {parents}"));
+            }
+        }
         self.boot
             .check_same(&parent.boot)
             .map_err(|(what, own, parents)| format!("its {what} is {own}, that of its parent {tag} is {parents}"))
@@ -335,7 +412,10 @@ impl SnapshotMeta {
         if self.parent.as_ref().is_some_and(|parent| parent.tag == self.tag) {
             return Err(format!("it names itself, {}, as its parent", self.tag));
         }
-        Ok(())
+        for (index, disk) in self.disks.iter().enumerate() {
+            disk.check(index)?;
+        }
+        check_places(self.volumes().map(|(_, volume)| &volume.path)).map_err(|error| error.to_string())
     }
 }
 
@@ -345,6 +425,8 @@ pub(crate) mod tests {
     use proptest::prelude::*;
 
     const VERSION_1: &str = include_str!("../fixtures/snapshot-v1.json");
+    /// Made by the test of it with `UPDATE_GOLDEN=1`, once.
+    const VERSION_2: &str = include_str!("../fixtures/snapshot-v2.json");
 
     /// The description that the fixture holds.
     pub(crate) fn sample(tag: &str) -> SnapshotMeta {
@@ -357,6 +439,7 @@ pub(crate) mod tests {
             memory_pages: 23_456,
             memory_zero_pages: 0,
             disks: vec![(digest(3), 789)],
+            disk_numbers: vec![0],
             disk_zero_blocks: vec![0],
             stored_bytes: 0,
         };
@@ -396,10 +479,115 @@ pub(crate) mod tests {
         assert_eq!(text, VERSION_1, "the format changed: add a version and a fixture");
     }
 
+    /// The description that the fixture of version 2 holds: with a private volume that has no changes, another
+    /// that has, and a shared one.
+    fn sample_with_volumes() -> SnapshotMeta {
+        let mut meta = sample("py");
+        let digest = |byte| Digest::from_bytes([byte; 32]);
+        let disk = |number: u8, changed: bool| {
+            let layer = DiskLayer { file: disk_layer_name(number.into()), digest: digest(20 + number), blocks: 3 };
+            let layers = if changed { vec![layer] } else { Vec::new() };
+            Disk { base: digest(10 + number), logical_bytes: 512 * u64::from(number), layers, volume: None }
+        };
+        meta.disks.extend([disk(1, false), disk(2, true), disk(3, false)]);
+        let volume = |path: &str, policy| Volume { path: path.parse().expect("legal"), policy };
+        meta.set_volumes([
+            volume("/data", VolumePolicy::Private),
+            volume("/srv/db", VolumePolicy::Private),
+            volume("/models", VolumePolicy::SharedRo),
+        ]);
+        meta
+    }
+
+    #[test]
+    fn version_2_is_written_and_read_as_released() {
+        let text = String::from_utf8(sample_with_volumes().encode().expect("plain data")).expect("JSON is text");
+        if std::env::var_os("UPDATE_GOLDEN").is_some() {
+            let path = concat!(env!("CARGO_MANIFEST_DIR"), "/fixtures/snapshot-v2.json");
+            std::fs::write(path, &text).expect("the fixture can be written");
+        }
+        assert_eq!(text, VERSION_2, "the format changed: add a version and a fixture");
+        let read = SnapshotMeta::parse(VERSION_2.as_bytes()).expect("fixture");
+        assert_eq!(read, sample_with_volumes());
+        let writable: Vec<_> = read.disks.iter().map(Disk::is_writable).collect();
+        assert_eq!(writable, [true, true, true, false]);
+        assert_eq!(read.blobs().count(), 6, "its images are among what it needs");
+    }
+
+    #[test]
+    fn layers_are_those_of_the_disks_that_were_written() {
+        let digest = |byte| Digest::from_bytes([byte; 32]);
+        let mut facts = SnapshotFacts {
+            vcpus: 1,
+            memory_bytes: 0,
+            vmstate_digest: digest(1),
+            memory_digest: digest(1),
+            memory_pages: 0,
+            memory_zero_pages: 0,
+            disks: vec![(digest(2), 5), (digest(3), 7)],
+            disk_numbers: vec![0, 3],
+            disk_zero_blocks: vec![0, 0],
+            stored_bytes: 0,
+        };
+        let files = |facts: &SnapshotFacts| {
+            let bases = [(digest(6), 512); 4];
+            let boot = sample("py").boot;
+            let meta = SnapshotMeta::new("t".parse().expect("legal tag"), 0, facts, 0, &bases, boot);
+            let files_of = |disk: &Disk| disk.layers.iter().map(|layer| (layer.file.clone(), layer.blocks)).collect();
+            meta.disks.iter().map(files_of).collect::<Vec<Vec<_>>>()
+        };
+        let (first, last) = (("disk-0.layer".to_owned(), 5), ("disk-3.layer".to_owned(), 7));
+        assert_eq!(files(&facts), [vec![first.clone()], vec![], vec![], vec![last]]);
+        // Of a monitor that numbers nothing.
+        facts.disk_numbers.clear();
+        assert_eq!(files(&facts), [vec![first], vec![("disk-1.layer".to_owned(), 7)], vec![], vec![]]);
+    }
+
+    #[test]
+    fn volumes_that_cannot_be_are_refused() {
+        type Change = fn(&mut SnapshotMeta);
+        let cases: [(&str, Change); 4] = [
+            ("its root disk is a volume on /data", |meta| meta.disks[0].volume = meta.disks[1].volume.clone()),
+            ("its volume on /srv/db has changes, and cannot be written", |meta| {
+                meta.disks[2].volume.as_mut().expect("it has one").policy = VolumePolicy::SharedRo;
+            }),
+            ("two volumes were given for /data", |meta| meta.disks[2].volume = meta.disks[1].volume.clone()),
+            ("25 volumes were given, a guest can have 24", |meta| {
+                for number in 3..25 {
+                    let volume = Volume { path: format!("/v{number}").parse().expect("legal"), ..volume_of(meta, 1) };
+                    meta.disks.push(Disk { volume: Some(volume), ..meta.disks[1].clone() });
+                }
+            }),
+        ];
+        for (expected, change) in cases {
+            let mut meta = sample_with_volumes();
+            change(&mut meta);
+            let error = SnapshotMeta::parse(&meta.encode().expect("plain data")).expect_err(expected);
+            assert!(error.contains(expected), "{error}");
+        }
+    }
+
+    fn volume_of(meta: &SnapshotMeta, disk: usize) -> Volume {
+        meta.disks[disk].volume.clone().expect("it has one")
+    }
+
+    #[test]
+    fn a_layer_lies_only_over_the_same_volumes() {
+        let parent = sample_with_volumes();
+        parent.check_over(&parent).expect("the same");
+        let mut child = parent.clone();
+        child.disks[3].volume.as_mut().expect("it has one").policy = VolumePolicy::Private;
+        let error = child.check_over(&parent).expect_err("another policy");
+        assert_eq!(
+            error,
+            "its disk 3 is a private volume on /models, that of its parent py is a shared-ro volume on /models"
+        );
+    }
+
     #[test]
     fn a_later_version_is_refused_by_name_even_when_nothing_else_fits() {
-        let error = SnapshotMeta::parse(br#"{"version": 2, "layers": 7}"#).expect_err("future");
-        assert!(error.contains("version 2") && error.contains("1 to 1"), "{error}");
+        let error = SnapshotMeta::parse(br#"{"version": 3, "layers": 7}"#).expect_err("future");
+        assert!(error.contains("version 3") && error.contains("1 to 2"), "{error}");
         assert!(SnapshotMeta::parse(br#"{"version": 0}"#).is_err());
         assert!(SnapshotMeta::parse(b"").is_err());
     }

@@ -16,7 +16,7 @@ use forkd_types::Tag;
 use rustix::fs::{Dir, FileType, Gid, Mode, OFlags, Uid};
 
 use crate::durable::{self, Moved};
-use crate::meta::{CURRENT, SIZE_LIMIT, SNAPSHOT_JSON, SnapshotMeta, VMSTATE};
+use crate::meta::{SIZE_LIMIT, SNAPSHOT_JSON, SnapshotMeta, VMSTATE};
 use crate::snapshots::Snapshot;
 use crate::store::Store;
 use crate::{Result, StoreError};
@@ -119,8 +119,9 @@ impl StagedSnapshot {
     /// Whether `meta` describes what is here.
     fn check(&self, meta: &SnapshotMeta) -> Result<()> {
         let inconsistent = |reason| StoreError::Inconsistent { tag: self.tag.clone(), reason };
-        if meta.version != CURRENT {
-            return Err(inconsistent(format!("its version is {}, {CURRENT} is written", meta.version)));
+        let version = meta.fitting_version();
+        if meta.version != version {
+            return Err(inconsistent(format!("its version is {}, {version} is written", meta.version)));
         }
         if meta.tag != self.tag {
             return Err(inconsistent(format!("it was staged as {} and described as {}", self.tag, meta.tag)));

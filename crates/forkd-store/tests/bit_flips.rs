@@ -45,6 +45,7 @@ fn publish(store: &Store, name: &str, dress: impl FnOnce(&mut StagedSnapshot, &m
         memory_pages: 3,
         memory_zero_pages: 2,
         disks: vec![(write_layer(&staged.path().join(disk_layer_name(0)), &[0, 62], &[]), 2)],
+        disk_numbers: vec![0],
         disk_zero_blocks: vec![0],
         stored_bytes: 0,
     };

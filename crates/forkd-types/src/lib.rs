@@ -10,6 +10,7 @@ pub mod rest;
 mod size;
 mod tag;
 mod timing;
+mod volume;
 
 pub use digest::{Digest, DigestError};
 pub use id::{SandboxId, SandboxIdError};
@@ -17,3 +18,6 @@ pub use page::{PAGE_SIZE, PageCount, PageRun, PageRunError};
 pub use size::{ByteSize, ByteSizeError};
 pub use tag::{Tag, TagError};
 pub use timing::{Stage, StageTimings};
+pub use volume::{
+    MountPoint, MountPointError, VOLUME_LIMIT, VolumePolicy, VolumePolicyError, VolumesError, check_places,
+};

@@ -1,11 +1,12 @@
 //! Where everything is: guest-physical addresses, interrupt lines and I/O ports.
 //!
 //! These numbers are part of every snapshot: a restored guest expects its devices where it found
-//! them. They change only together with [`crate::state::CURRENT`].
+//! them. They change only together with [`crate::state::CURRENT`]; slots may be added behind the last.
 
-/// How many virtio devices there can be, and how many queues each: together they fill one 64-bit
-/// set of pending notifications.
-pub const DEVICE_SLOTS: usize = 8;
+/// How many virtio devices there can be.
+pub const DEVICE_SLOTS: usize = 29;
+/// How many of them, the first, have an interrupt line of their own.
+pub const OWN_LINES: usize = 8;
 /// Queues a device can have.
 pub const QUEUES_PER_DEVICE: usize = 8;
 
@@ -16,12 +17,16 @@ pub const MMIO_STRIDE: u64 = 0x1000;
 /// Size of a register window.
 pub const MMIO_SIZE: u64 = 0x200;
 
-/// Interrupt line of the device in slot 0; the others follow.
+/// Interrupt line of the device in slot 0; those of the next [`OWN_LINES`] follow.
 pub const DEVICE_GSI: u32 = 5;
 /// Interrupt line of COM1, fixed by the PC.
 pub const SERIAL_GSI: u32 = 4;
 /// Interrupt line of the generic event device, which announces a new generation.
 pub const EVENT_GSI: u32 = 16;
+/// The first of the lines that the devices in the other slots share, up to the I/O APIC's last.
+const SHARED_GSI: u32 = 17;
+/// How many lines the I/O APIC has.
+const LINES: u32 = 24;
 
 /// First port of COM1.
 pub const SERIAL_PORT: u16 = 0x3f8;
@@ -80,8 +85,14 @@ pub const fn mmio_window(slot: usize) -> u64 {
 }
 
 /// Interrupt line of slot `slot`.
+///
+/// Devices on a shared line lose none of each other's interrupts although it is edge triggered: one thread serves
+/// all of them and pulses their lines, and a guest asks every device on a line at each edge.
 pub const fn device_gsi(slot: usize) -> u32 {
-    DEVICE_GSI + slot as u32
+    match slot < OWN_LINES {
+        true => DEVICE_GSI + slot as u32,
+        false => SHARED_GSI + (slot - OWN_LINES) as u32 % (LINES - SHARED_GSI),
+    }
 }
 
 /// Slot and offset of a guest-physical address within the register windows.
@@ -92,9 +103,8 @@ pub fn mmio_slot(address: u64) -> Option<(usize, u64)> {
 }
 
 const _: () = {
-    assert!(DEVICE_SLOTS * QUEUES_PER_DEVICE == 64);
     // Lines of devices must not reach the event device's, and all must be on the one I/O APIC.
-    assert!(device_gsi(DEVICE_SLOTS - 1) < EVENT_GSI && EVENT_GSI < 24);
+    assert!(device_gsi(OWN_LINES - 1) < EVENT_GSI && EVENT_GSI < SHARED_GSI && SHARED_GSI < LINES);
 };
 
 #[cfg(test)]
@@ -109,5 +119,14 @@ mod tests {
         assert_eq!(mmio_slot(mmio_window(3) + 0x200), None);
         assert_eq!(mmio_slot(mmio_window(DEVICE_SLOTS)), None);
         assert_eq!(mmio_slot(u64::MAX), None);
+    }
+
+    #[test]
+    fn slots_of_earlier_snapshots_have_the_lines_they_had_and_others_share_those_beyond() {
+        let first: Vec<_> = (0..OWN_LINES).map(device_gsi).collect();
+        assert_eq!(first, [5, 6, 7, 8, 9, 10, 11, 12]);
+        for slot in OWN_LINES..DEVICE_SLOTS {
+            assert!((17..24).contains(&device_gsi(slot)), "slot {slot} has line {}", device_gsi(slot));
+        }
     }
 }

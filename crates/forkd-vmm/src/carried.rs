@@ -19,6 +19,9 @@ pub enum CarriedError {
     /// One that the request cannot do without is missing.
     #[error("the message carries no {0:?} descriptor")]
     Missing(Role),
+    /// A layer came before any disk that it could lie over.
+    #[error("a {:?} descriptor was carried without a {:?} before it", Role::DiskLayer, Role::DiskBase)]
+    StrayLayer,
     /// The number of disks does not match.
     #[error("{found} {role:?} descriptors for {expected} disks")]
     Disks {
@@ -29,6 +32,17 @@ pub enum CarriedError {
         /// How many are needed.
         expected: usize,
     },
+}
+
+/// What was carried for one disk.
+#[derive(Debug)]
+pub struct CarriedDisk {
+    /// Its base image.
+    pub base: File,
+    /// Whether its machine cannot write to it.
+    pub shared: bool,
+    /// The layers over the base, oldest first.
+    pub layers: Vec<File>,
 }
 
 /// Descriptors by role, in the order they came.
@@ -65,6 +79,25 @@ impl Carried {
         }
     }
 
+    /// Takes what was carried for `count` disks, in their order; another number is an error.
+    pub fn disks(&mut self, count: usize) -> Result<Vec<CarriedDisk>, CarriedError> {
+        let mut disks: Vec<CarriedDisk> = Vec::with_capacity(count);
+        let of_disks =
+            |(role, _): &mut (Role, OwnedFd)| matches!(role, Role::DiskBase | Role::DiskShared | Role::DiskLayer);
+        for (role, fd) in self.0.extract_if(.., of_disks) {
+            let file = File::from(fd);
+            match disks.last_mut() {
+                Some(CarriedDisk { shared: false, layers, .. }) if role == Role::DiskLayer => layers.push(file),
+                _ if role == Role::DiskLayer => return Err(CarriedError::StrayLayer),
+                _ => disks.push(CarriedDisk { base: file, shared: role == Role::DiskShared, layers: Vec::new() }),
+            }
+        }
+        match disks.len() {
+            found if found == count => Ok(disks),
+            found => Err(CarriedError::Disks { role: Role::DiskBase, found, expected: count }),
+        }
+    }
+
     /// Takes all of `role` as files.
     pub fn all(&mut self, role: Role) -> Vec<File> {
         std::iter::from_fn(|| self.take(role)).map(File::from).collect()
@@ -88,6 +121,35 @@ mod tests {
         assert!(carried.require(Role::Control).is_ok());
         assert!(matches!(carried.require(Role::Control), Err(CarriedError::Missing(Role::Control))));
         assert!(matches!(carried.files(Role::DiskBase, 1), Err(CarriedError::Disks { found: 0, expected: 1, .. })));
+    }
+
+    #[test]
+    fn layers_belong_to_the_disk_that_was_carried_last_before_them() {
+        use Role::{DiskBase, DiskLayer, DiskOverlay, DiskShared, MemoryLayer};
+        let of =
+            |roles: &[Role]| Carried::new(roles, roles.iter().map(|_| null()).collect()).expect("as many as named");
+        let roles = [
+            DiskBase,
+            MemoryLayer,
+            DiskLayer,
+            DiskOverlay,
+            DiskLayer,
+            DiskShared,
+            DiskBase,
+            DiskLayer,
+            MemoryLayer,
+            DiskBase,
+        ];
+        let mut carried = of(&roles);
+        let disks = carried.disks(4).expect("four");
+        let found: Vec<_> = disks.iter().map(|disk| (disk.shared, disk.layers.len())).collect();
+        assert_eq!(found, [(false, 2), (true, 0), (false, 1), (false, 0)]);
+        assert_eq!(carried.all(MemoryLayer).len(), 2, "what is not of a disk is left");
+        assert!(carried.take(DiskOverlay).is_some());
+        assert!(matches!(of(&[DiskLayer, DiskBase]).disks(1), Err(CarriedError::StrayLayer)));
+        assert!(matches!(of(&[DiskShared, DiskLayer]).disks(1), Err(CarriedError::StrayLayer)));
+        assert!(matches!(of(&[DiskBase]).disks(2), Err(CarriedError::Disks { found: 1, expected: 2, .. })));
+        assert!(matches!(of(&[DiskBase, DiskBase]).disks(1), Err(CarriedError::Disks { found: 2, expected: 1, .. })));
     }
 
     #[test]

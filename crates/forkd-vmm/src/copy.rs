@@ -5,12 +5,16 @@
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
 use std::time::Instant;
 
+use forkd_devices::block::Budget;
 use forkd_proto::monitor::{self, Contents, Event, Role};
+use forkd_types::ByteSize;
 use rustix::net::SocketFlags;
 
 use crate::carried::{Carried, CarriedError};
+use crate::disks;
 use crate::event_loop::{Ending, EventLoop};
 use crate::fork;
 use crate::machine::{Machine, MachineError, Resources};
@@ -30,11 +34,12 @@ pub struct CopyRequest {
     console: File,
     overlays: Vec<File>,
     tap: Option<OwnedFd>,
-    cgroup: Option<OwnedFd>,
+    /// How much its disks may grow by.
+    room: Option<ByteSize>,
 }
 
 impl CopyRequest {
-    /// Takes what a copy with `disks` disks needs.
+    /// Takes what a copy that writes to `disks` disks needs.
     pub fn take(carried: &mut Carried, name: String, disks: usize) -> Result<Self, CarriedError> {
         Ok(Self {
             name,
@@ -44,8 +49,13 @@ impl CopyRequest {
             console: carried.require(Role::Console)?.into(),
             overlays: carried.files(Role::DiskOverlay, disks)?,
             tap: carried.take(Role::Tap),
-            cgroup: carried.take(Role::Cgroup),
+            room: None,
         })
+    }
+
+    /// The same for a copy whose disks may grow by so many bytes in all.
+    pub fn limited_to(self, disk_bytes: Option<u64>) -> Self {
+        Self { room: disk_bytes.map(ByteSize), ..self }
     }
 
     fn raw_fds(&self) -> impl Iterator<Item = i32> {
@@ -53,7 +63,6 @@ impl CopyRequest {
             .into_iter()
             .chain(&self.listener)
             .chain(&self.tap)
-            .chain(&self.cgroup)
             .map(AsRawFd::as_raw_fd)
             .chain([self.console.as_raw_fd()])
             .chain(self.overlays.iter().map(AsRawFd::as_raw_fd))
@@ -121,15 +130,12 @@ fn run(seed: &Seed, request: CopyRequest, started: Instant) -> ! {
     fork::close_all_but(&keep);
     let _ = rustix::thread::set_name(&thread_name(&request.name));
     let control = request.control;
-    let outcome = enter_cgroup(request.cgroup).and_then(|()| {
-        stopwatch.lap("detach");
-        let disks = seed
-            .disks
-            .iter()
-            .cloned()
-            .zip(request.overlays)
-            .map(|(image, overlay)| image.with_overlay(overlay))
-            .collect();
+    stopwatch.lap("detach");
+    let restore = || -> Result<Machine, MachineError> {
+        let mut disks = disks::over(seed.disks.iter().cloned(), request.overlays);
+        if let Some(room) = request.room.map(Budget::of).map(Arc::new) {
+            disks.iter_mut().for_each(|disk| disk.limit_to(Arc::clone(&room)));
+        }
         let resources = Resources { disks, vsock: request.vsock, console: request.console, tap: request.tap };
         let mut machine = Machine::restore(seed.kvm.clone(), &seed.state, seed.ram.clone(), resources, &mut stopwatch)?;
         machine.announce_restore();
@@ -137,8 +143,8 @@ fn run(seed: &Seed, request: CopyRequest, started: Instant) -> ! {
         machine.start()?;
         stopwatch.lap("start");
         Ok(machine)
-    });
-    let machine = match outcome {
+    };
+    let machine = match restore() {
         Ok(machine) => machine,
         Err(error) => {
             let _ = monitor::send(&control, &Event::Failed { error: chain(&error) }, &[]);
@@ -159,7 +165,8 @@ fn freeze(seed: &Seed, request: FreezeRequest) -> ! {
     fork::close_all_but(&keep);
     let _ = rustix::thread::set_name(&thread_name(&name));
     let config = &seed.state.config;
-    let ready = Event::Ready { vcpus: config.vcpus, memory_bytes: config.memory_bytes, warnings: Vec::new() };
+    let (vcpus, memory_bytes, network) = (config.vcpus, config.memory_bytes, config.mac.is_some());
+    let ready = Event::Ready { vcpus, memory_bytes, warnings: Vec::new(), network };
     if monitor::send(&control, &ready, &[]).is_err() && listener.is_none() {
         fork::exit(0);
     }
@@ -193,16 +200,6 @@ fn write_snapshot(seed: &Seed, request: SnapshotRequest, started: Instant) -> ! 
     };
     let failed = monitor::send(&control, &event, &[]).is_err() || matches!(event, Event::Failed { .. });
     fork::exit(i32::from(failed));
-}
-
-/// Moves this process into the cgroup whose directory was carried.
-fn enter_cgroup(directory: Option<OwnedFd>) -> Result<(), MachineError> {
-    let Some(directory) = directory else { return Ok(()) };
-    let system =
-        |source: rustix::io::Errno| MachineError::System { attempt: "enter the cgroup", source: source.into() };
-    let flags = rustix::fs::OFlags::WRONLY | rustix::fs::OFlags::CLOEXEC;
-    let procs = rustix::fs::openat(&directory, c"cgroup.procs", flags, rustix::fs::Mode::empty()).map_err(system)?;
-    rustix::io::write(&procs, b"0").map(drop).map_err(system)
 }
 
 /// The first 15 bytes of a name, which is what the kernel keeps.

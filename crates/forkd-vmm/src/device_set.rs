@@ -7,6 +7,7 @@
 //! | 2 | balloon |
 //! | 3 – 6 | disks |
 //! | 7 | network |
+//! | 8 – 28 | more disks |
 
 use std::sync::Arc;
 
@@ -29,8 +30,13 @@ const ENTROPY_SLOT: usize = 1;
 const BALLOON_SLOT: usize = 2;
 const FIRST_DISK_SLOT: usize = 3;
 const NETWORK_SLOT: usize = 7;
-/// The most disks.
-pub const DISK_LIMIT: usize = NETWORK_SLOT - FIRST_DISK_SLOT;
+const MORE_DISKS_SLOT: usize = 8;
+/// How many disks come before the network's slot.
+const FIRST_DISKS: usize = NETWORK_SLOT - FIRST_DISK_SLOT;
+/// The most disks: a root disk and as many volumes as there can be.
+pub const DISK_LIMIT: usize = FIRST_DISKS + DEVICE_SLOTS - MORE_DISKS_SLOT;
+
+const _: () = assert!(DISK_LIMIT == 1 + forkd_types::VOLUME_LIMIT);
 
 /// What [`create`] and [`restore`] make.
 pub(crate) struct DeviceSet {
@@ -77,13 +83,21 @@ pub(crate) fn create(
     for (index, disk) in resources.disks.into_iter().enumerate() {
         let block = Block::new(disk, &disk_serial(index));
         disks.push(block.disk());
-        place(FIRST_DISK_SLOT + index, Box::new(block));
+        place(disk_slot(index), Box::new(block));
     }
     if let (Some(mac), Some(tap)) = (config.mac, resources.tap) {
         let net = Net::new(mac, tap).map_err(|e| device_error("network")(&e))?;
         place(NETWORK_SLOT, Box::new(net));
     }
     Ok(DeviceSet { slots, serial: SerialPort::new(resources.console, lines(SERIAL_GSI)), disks })
+}
+
+/// The slot of disk `index`. Slots ascend with disks, so that a guest finds them in their order.
+const fn disk_slot(index: usize) -> usize {
+    match index < FIRST_DISKS {
+        true => FIRST_DISK_SLOT + index,
+        false => MORE_DISKS_SLOT + index - FIRST_DISKS,
+    }
 }
 
 /// What a guest reads as the serial number of disk `index`.
@@ -121,8 +135,8 @@ pub(crate) fn restore(
                 Box::new(block)
             }
             DeviceState::Net(device) => {
-                let tap = tap.take().ok_or_else(|| missing("network", "tap"))?;
-                Box::new(Net::restore(device, tap).map_err(|e| device_error("network")(&e))?)
+                // Where there are no networks a machine that had one goes on with its cable unplugged.
+                Box::new(Net::restore(device, tap.take()).map_err(|e| device_error("network")(&e))?)
             }
         };
         let transport = MmioTransport::restore(device, ram.memory().clone(), lines(device_gsi(slot)), saved)
@@ -132,4 +146,17 @@ pub(crate) fn restore(
     let serial = SerialPort::restore(&state.serial, resources.console, lines(SERIAL_GSI))
         .map_err(|e| device_error("serial")(&e))?;
     Ok(DeviceSet { slots, serial, disks })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_disk_has_a_slot_of_its_own_in_ascending_order() {
+        let slots: Vec<_> = (0..DISK_LIMIT).map(disk_slot).collect();
+        assert_eq!(slots[..6], [3, 4, 5, 6, 8, 9]);
+        assert!(slots.is_sorted_by(|one, next| one < next));
+        assert_eq!(slots.last(), Some(&(DEVICE_SLOTS - 1)));
+    }
 }

@@ -15,7 +15,7 @@ use rustix::net::SocketFlags;
 
 use crate::carried::{Carried, CarriedError};
 use crate::copy::{Child, CopyRequest, FreezeRequest, SnapshotRequest};
-use crate::fork::{self, Side};
+use crate::fork::{self, Side, Turn};
 use crate::gate::PauseError;
 use crate::machine::Machine;
 use crate::seed::Seed;
@@ -27,6 +27,8 @@ const WAKE: u64 = 0;
 const LISTENER: u64 = 1;
 const DEVICES: u64 = 16;
 const CONTROLS: u64 = 64;
+
+const _: () = assert!(DEVICES + crate::address_map::DEVICE_SLOTS as u64 <= CONTROLS);
 
 /// How the loop ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -64,6 +66,8 @@ enum CommandError {
     Pause(#[from] PauseError),
     #[error("cannot seal disk {index}")]
     Seal { index: usize, source: forkd_devices::block::DiskError },
+    #[error("cannot make a pipe for the copy to wait at")]
+    Turn(#[source] io::Error),
     #[error("cannot fork the monitor")]
     Fork(#[source] io::Error),
     #[error("cannot read the page tables")]
@@ -204,9 +208,12 @@ impl EventLoop {
                 let map = self.machine.ram.page_map()?;
                 Ok(Some(Event::pages(&map.present, &map.private)))
             }
-            Command::Fork { fds: roles, name } => {
-                let disks = self.machine.disks.len();
-                self.branch(started, &roles, fds, |carried| CopyRequest::take(carried, name, disks).map(Child::Copy))
+            Command::Fork { fds: roles, name, disk_bytes } => {
+                let overlays = self.machine.writable_disks();
+                self.branch(started, &roles, fds, |carried| {
+                    CopyRequest::take(carried, name, overlays)
+                        .map(|request| Child::Copy(request.limited_to(disk_bytes)))
+                })
             }
             Command::Freeze { fds: roles, name } => {
                 self.branch(started, &roles, fds, |carried| FreezeRequest::take(carried, name).map(Child::Frozen))
@@ -228,24 +235,32 @@ impl EventLoop {
     ) -> Result<Option<Event>, CommandError> {
         let mut carried = Carried::new(roles, fds)?;
         let child = take(&mut carried)?;
-        let fresh = carried.files(Role::DiskOverlay, self.machine.disks.len())?;
+        let group = carried.take(Role::Cgroup);
+        let mut fresh = carried.files(Role::DiskOverlay, self.machine.writable_disks())?.into_iter();
+        let turn = Turn::new().map_err(CommandError::Turn)?;
         let mut stopwatch = Stopwatch::since(started);
         let (paused, state) = self.machine.pause()?;
         stopwatch.lap("quiesce");
         let mut disks = Vec::new();
-        for (index, (disk, overlay)) in self.machine.disks.iter().zip(fresh).enumerate() {
+        for (index, disk) in self.machine.disks.iter().enumerate() {
             let mut disk = disk.lock();
-            disk.seal(overlay);
+            if !disk.is_read_only() {
+                disk.seal(fresh.next().expect("there is one for each disk that can be written"));
+            }
             disks.push(disk.image().map_err(|source| CommandError::Seal { index, source })?);
         }
         stopwatch.lap("seal");
         let seed = Seed { kvm: self.machine.kvm.clone(), ram: self.machine.ram.clone(), state, disks };
-        let pid = match fork::fork().map_err(CommandError::Fork)? {
-            Side::Child => child.live(&seed, started),
+        let pid = match fork::fork_into(group.as_ref()).map_err(CommandError::Fork)? {
+            Side::Child => {
+                turn.wait();
+                child.live(&seed, started)
+            }
             Side::Parent(pid) => pid,
         };
         stopwatch.lap("fork");
         drop(paused);
+        turn.pass();
         let stages = stopwatch.finish();
         Ok(Some(Event::Forked { pid, pause_us: stages.total().as_micros() as u64, stages }))
     }

@@ -3,12 +3,16 @@
 //! The child has one thread, the one that called; guest memory, shared copy-on-write by the kernel;
 //! and every descriptor of the parent, of which it closes all that it is not meant to have.
 //!
+//! A child is born into its control group ([`fork_into`]). One that moved there itself would be charged to its
+//! parent's group until then, and to move a process the kernel waits, with all forks of the host held up, until no
+//! processor can still be in the middle of one; to be born there costs nothing.
+//!
 //! The parent's objects still lie in the child's memory, but their descriptors are gone and may be
 //! reused: none of them may be dropped there. A child therefore never returns into the code that
 //! forked it and ends with [`exit`], which runs no destructors.
 #![allow(unsafe_code)]
 
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -35,6 +39,105 @@ pub fn fork() -> io::Result<Side> {
         0 => Ok(Side::Child),
         pid => Ok(Side::Parent(pid)),
     }
+}
+
+/// [`fork`] into the control group whose directory is `group`, or into that of this process.
+///
+/// # Errors
+/// The kernel's: among them that the group is full, or is gone.
+pub fn fork_into(group: Option<&OwnedFd>) -> io::Result<Side> {
+    let Some(group) = group else { return fork() };
+    match thread_id_place() {
+        Some(place) => clone_into(group, place),
+        None => fork_and_enter(group),
+    }
+}
+
+/// `clone3(2)` as the C library's `fork` calls it, and into a group.
+///
+/// What that function does besides is for processes whose other threads may be anywhere: see [`fork`] for why those of
+/// a monitor are not. The bookkeeping of their stacks stays in the child, which costs it address space.
+fn clone_into(group: &OwnedFd, thread_id: *mut libc::c_int) -> io::Result<Side> {
+    /// Linux 5.7. The C library's constant is cut to 32 bits.
+    const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+    // SAFETY: all zero is a `clone_args` that asks for nothing.
+    let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
+    arguments.flags = CLONE_INTO_CGROUP | (libc::CLONE_CHILD_SETTID | libc::CLONE_CHILD_CLEARTID) as u64;
+    arguments.child_tid = thread_id as u64;
+    arguments.exit_signal = libc::SIGCHLD as u64;
+    arguments.cgroup = group.as_raw_fd() as u64;
+    // SAFETY: without a stack and without CLONE_VM this is fork(2): the child goes on here on a copy of this stack.
+    // The requirement on other threads is that of `fork`. The kernel writes the child's thread id to where the
+    // C library keeps it, in the child's copy of the memory alone.
+    match unsafe { libc::syscall(libc::SYS_clone3, &raw mut arguments, size_of::<libc::clone_args>()) } {
+        -1 => match io::Error::last_os_error() {
+            // A kernel before 5.7, or a filter around this process that does not know the call.
+            error if matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::E2BIG)) => fork_and_enter(group),
+            error => Err(error),
+        },
+        0 => Ok(Side::Child),
+        pid => Ok(Side::Parent(pid as i32)),
+    }
+}
+
+/// Where the C library keeps the id of this thread, which it must find changed in a child.
+fn thread_id_place() -> Option<*mut libc::c_int> {
+    let mut place: *mut libc::c_int = std::ptr::null_mut();
+    // SAFETY: the kernel writes one pointer to `place`, the one that the C library registered for this thread.
+    let asked = unsafe { libc::prctl(libc::PR_GET_TID_ADDRESS, &raw mut place, 0, 0, 0) };
+    // A kernel may be built without this call.
+    (asked == 0 && !place.is_null()).then_some(place)
+}
+
+/// Forks, and lets the child move itself.
+fn fork_and_enter(group: &OwnedFd) -> io::Result<Side> {
+    let side = fork()?;
+    if side == Side::Child
+        && let Err(error) = enter(group)
+    {
+        let complaint = format!("forkd-vmm: cannot enter the control group: {error}\n");
+        let _ = rustix::io::write(rustix::stdio::stderr(), complaint.as_bytes());
+        exit(1);
+    }
+    Ok(side)
+}
+
+/// Moves this process into a group.
+fn enter(group: &OwnedFd) -> io::Result<()> {
+    let flags = rustix::fs::OFlags::WRONLY | rustix::fs::OFlags::CLOEXEC;
+    let processes = rustix::fs::openat(group, c"cgroup.procs", flags, rustix::fs::Mode::empty())?;
+    rustix::io::write(&processes, b"0")?;
+    Ok(())
+}
+
+/// What has a child begin only when its parent has done what cannot wait.
+///
+/// The kernel puts a new process on an idle processor, which is that of a vCPU that stands still for the fork. A
+/// child that began at once would keep it for a slice of time, and the vCPU, woken, would wait for that: longer
+/// than it stood still for.
+#[derive(Debug)]
+pub struct Turn {
+    waits: io::PipeReader,
+    passes: io::PipeWriter,
+}
+
+impl Turn {
+    /// To be made before the fork.
+    pub fn new() -> io::Result<Self> {
+        let (waits, passes) = io::pipe()?;
+        Ok(Self { waits, passes })
+    }
+
+    /// In the child: waits until the parent passes it the turn, or has ended.
+    pub fn wait(self) {
+        let Self { mut waits, passes } = self;
+        // The pipe ends when the parent's end is the last and is closed.
+        drop(passes);
+        let _ = waits.read(&mut [0]);
+    }
+
+    /// In the parent: lets the child begin.
+    pub fn pass(self) {}
 }
 
 /// Closes every descriptor of this process except standard error and those in `keep`.

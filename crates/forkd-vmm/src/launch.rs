@@ -5,12 +5,12 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
-use forkd_devices::block::{BlockDisk, DiskError};
 use forkd_kvm::{Kvm, KvmError};
 use forkd_proto::monitor::{self, BootConfig, Event, Launch, LaunchAction, Role};
 
 use crate::boot::BootSource;
 use crate::carried::{Carried, CarriedError};
+use crate::disks::{self, AssemblyError};
 use crate::event_loop::{Ending, EventLoop};
 use crate::machine::{Machine, MachineError, Resources};
 use crate::state::MachineConfig;
@@ -25,8 +25,8 @@ enum BootFailure {
     Carried(#[from] CarriedError),
     #[error("cannot use KVM")]
     Kvm(#[from] KvmError),
-    #[error("cannot open disk {index}")]
-    Disk { index: usize, source: DiskError },
+    #[error(transparent)]
+    Disks(#[from] AssemblyError),
     #[error(transparent)]
     Machine(#[from] MachineError),
 }
@@ -47,7 +47,8 @@ pub fn run(control: OwnedFd) -> i32 {
             Ok((seed, warnings)) => {
                 drop(carried);
                 let config = &seed.state.config;
-                let ready = Event::Ready { vcpus: config.vcpus, memory_bytes: config.memory_bytes, warnings };
+                let (vcpus, memory_bytes, network) = (config.vcpus, config.memory_bytes, config.mac.is_some());
+                let ready = Event::Ready { vcpus, memory_bytes, warnings, network };
                 if monitor::send(&control, &ready, &[]).is_ok() {
                     zygote::serve(&seed, &control);
                 }
@@ -80,16 +81,10 @@ fn boot(config: &BootConfig, carried: &mut Carried) -> Result<(Machine, Stopwatc
         initramfs: carried.take(Role::Initramfs).map(File::from),
         kernel_args: config.kernel_args.clone(),
     };
-    let bases = carried.files(Role::DiskBase, config.disks.len())?;
-    let overlays = carried.files(Role::DiskOverlay, config.disks.len())?;
-    let mut disks = Vec::new();
-    for (index, ((base, overlay), &size)) in bases.into_iter().zip(overlays).zip(&config.disks).enumerate() {
-        disks.push(
-            BlockDisk::new(base, size, Vec::new(), overlay).map_err(|source| BootFailure::Disk { index, source })?,
-        );
-    }
+    let images = disks::assemble(&config.disks, carried)?;
+    let overlays = carried.files(Role::DiskOverlay, disks::overlays_of(&images))?;
     let resources = Resources {
-        disks,
+        disks: disks::over(images, overlays),
         vsock: carried.require(Role::VsockListener)?,
         console: carried.require(Role::Console)?.into(),
         tap: carried.take(Role::Tap),

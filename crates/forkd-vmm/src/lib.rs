@@ -6,7 +6,7 @@
 //!
 //! | module | owns |
 //! |---|---|
-//! | [`launch`] | the first message, and what becomes of it |
+//! | [`launch`], [`disks`] | the first message, what it carries, and what becomes of it |
 //! | [`machine`], [`device_set`], [`bus`] | a machine and its parts |
 //! | [`boot`] | kernel, ACPI tables, first registers |
 //! | [`vcpu_thread`], [`gate`] | running vCPUs, and stopping all of them |
@@ -20,6 +20,7 @@ pub mod bus;
 pub mod carried;
 pub mod copy;
 pub mod device_set;
+pub mod disks;
 pub mod event_loop;
 pub mod fork;
 pub mod gate;

@@ -255,6 +255,11 @@ impl Machine {
         Ok((paused, MachineState { config: self.config.clone(), vcpus, chips, devices, serial }))
     }
 
+    /// How many of its disks it can write to.
+    pub fn writable_disks(&self) -> usize {
+        self.disks.iter().filter(|disk| !disk.lock().is_read_only()).count()
+    }
+
     /// Serves a queue that the guest notified.
     pub fn process_queue(&self, slot: usize, queue: u16) {
         if let Some(transport) = &self.bus.slots[slot] {

@@ -1,6 +1,6 @@
 //! How vCPU threads get the event loop's attention.
 //!
-//! One event descriptor for everything, and a 64-bit set of the queues that were notified. A
+//! One event descriptor for everything, and a set of the queues that were notified. A
 //! descriptor per queue (ioeventfd) would let notifications bypass the vCPU thread, but costs every
 //! copy tens of descriptors and registrations on the machine's bus before its guest may run.
 
@@ -12,14 +12,19 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use forkd_proto::monitor::StopReason;
 use rustix::event::EventfdFlags;
 
-use crate::address_map::QUEUES_PER_DEVICE;
+use crate::address_map::{DEVICE_SLOTS, QUEUES_PER_DEVICE};
+
+/// Bits of a word of the set.
+const WORD: usize = 64;
+const WORDS: usize = (DEVICE_SLOTS * QUEUES_PER_DEVICE).div_ceil(WORD);
 
 /// Shared by all vCPU threads and the event loop.
 #[derive(Debug)]
 pub struct Wake {
     event: OwnedFd,
-    /// Bit `slot × 8 + queue` is set while that queue waits to be processed.
-    queues: AtomicU64,
+    /// Bit `slot × 8 + queue` of all the words is set while that queue waits to be processed. Those of the devices
+    /// that every machine has, and of its first disks, are in the first word.
+    queues: [AtomicU64; WORDS],
     stop: Mutex<Option<StopReason>>,
 }
 
@@ -27,7 +32,7 @@ impl Wake {
     /// A fresh, quiet one.
     pub fn new() -> io::Result<Self> {
         let event = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        Ok(Self { event, queues: AtomicU64::new(0), stop: Mutex::new(None) })
+        Ok(Self { event, queues: Default::default(), stop: Mutex::new(None) })
     }
 
     /// Readable when there is something to do.
@@ -40,19 +45,21 @@ impl Wake {
         if usize::from(queue) >= QUEUES_PER_DEVICE {
             return;
         }
-        let bit = 1 << (slot * QUEUES_PER_DEVICE + usize::from(queue));
+        let bit = slot * QUEUES_PER_DEVICE + usize::from(queue);
         // Only the first of several notifications that nobody has taken yet needs to wake the loop.
-        if self.queues.fetch_or(bit, Ordering::AcqRel) == 0 {
+        if self.queues[bit / WORD].fetch_or(1 << (bit % WORD), Ordering::AcqRel) == 0 {
             self.signal();
         }
     }
 
     /// Takes all notified queues as `(slot, queue)`.
     pub fn take_queues(&self) -> impl Iterator<Item = (usize, u16)> + use<> {
-        let set = self.queues.swap(0, Ordering::AcqRel);
-        (0..64)
-            .filter(move |bit| set & 1 << bit != 0)
-            .map(|bit| (bit / QUEUES_PER_DEVICE, (bit % QUEUES_PER_DEVICE) as u16))
+        let words = self.queues.each_ref().map(|word| word.swap(0, Ordering::AcqRel));
+        let in_word = |(word, set): (usize, u64)| {
+            (0..WORD).filter(move |bit| set & 1 << bit != 0).map(move |bit| word * WORD + bit)
+        };
+        let bits = words.into_iter().enumerate().filter(|(_, set)| *set != 0).flat_map(in_word);
+        bits.map(|bit| (bit / QUEUES_PER_DEVICE, (bit % QUEUES_PER_DEVICE) as u16))
     }
 
     /// Resets the event descriptor; before the queues are taken, so that nothing is lost.
@@ -89,7 +96,9 @@ mod tests {
         wake.notify(7, 7);
         wake.notify(0, 1);
         wake.notify(3, 8);
-        assert_eq!(wake.take_queues().collect::<Vec<_>>(), [(0, 1), (7, 7)]);
+        wake.notify(28, 7);
+        wake.notify(8, 0);
+        assert_eq!(wake.take_queues().collect::<Vec<_>>(), [(0, 1), (7, 7), (8, 0), (28, 7)]);
         assert_eq!(wake.take_queues().count(), 0);
     }
 

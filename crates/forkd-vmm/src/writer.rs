@@ -63,8 +63,9 @@ const BATCH: u64 = 256;
 
 /// Writes all files of a snapshot of `seed` into `directory`, synced.
 ///
-/// With [`Contents::Changes`] the layers go over those that the machine was made from: pages and blocks
-/// that are as they were are left out. A machine that was booted was made from none and is written whole.
+/// There is a layer for the root disk, and for every other disk that was written to. With [`Contents::Changes`] they
+/// go over those that the machine was made from: pages and blocks that are as they were are left out. A machine that
+/// was booted was made from none and is written whole.
 pub fn write(
     seed: &Seed,
     directory: &OwnedFd,
@@ -80,14 +81,19 @@ pub fn write(
     };
     stored_bytes += allocated(&look, MEMORY_FILE)?;
     stopwatch.lap("write_memory");
-    let (mut disks, mut disk_zero_blocks) = (Vec::new(), Vec::new());
+    let (mut disks, mut disk_numbers, mut disk_zero_blocks) = (Vec::new(), Vec::new(), Vec::new());
     for (index, image) in seed.disks.iter().enumerate() {
+        let below = below(image, contents);
+        if index > 0 && image.runs_over(&below).is_empty() {
+            continue;
+        }
         let name = disk_file(index);
         let file = create(directory, &name)?;
         let look = look_at(&file, &name)?;
-        let layer = write_disk(file, index, image, contents)?;
+        let layer = write_disk(file, index, image, &below)?;
         stored_bytes += allocated(&look, &name)?;
         disks.push((layer.digest, layer.pages.0));
+        disk_numbers.push(index);
         disk_zero_blocks.push(layer.zero_pages.0);
     }
     stopwatch.lap("write_disks");
@@ -105,6 +111,7 @@ pub fn write(
         memory_pages: memory.pages.0,
         memory_zero_pages: memory.zero_pages.0,
         disks,
+        disk_numbers,
         disk_zero_blocks,
         stored_bytes,
     })
@@ -129,18 +136,21 @@ fn allocated(file: &File, name: &str) -> Result<u64, WriteError> {
     Ok(metadata.map_err(failed)?.blocks() * 512)
 }
 
-/// Writes the blocks of one disk that differ from its base image, or from the layers it was put together
-/// from.
-fn write_disk(file: File, index: usize, image: &DiskImage, contents: Contents) -> Result<LayerSummary, WriteError> {
-    let layer_error = |source| WriteError::DiskLayer { index, source };
-    let disk_error = |source| WriteError::Disk { index, source };
-    let below = match contents {
+/// What a layer of `image` lies over: its base image alone, or the layers it was put together from.
+fn below(image: &DiskImage, contents: Contents) -> DiskImage {
+    match contents {
         Contents::Whole => image.bare(),
         Contents::Changes => image.origin(),
-    };
+    }
+}
+
+/// Writes the blocks of one disk that differ from those `below`.
+fn write_disk(file: File, index: usize, image: &DiskImage, below: &DiskImage) -> Result<LayerSummary, WriteError> {
+    let layer_error = |source| WriteError::DiskLayer { index, source };
+    let disk_error = |source| WriteError::Disk { index, source };
     let mut writer = LayerWriter::new(file, PageCount::covering(image.size())).map_err(layer_error)?;
     let mut buffers = [vec![0; (BATCH * PAGE_SIZE) as usize], vec![0; (BATCH * PAGE_SIZE) as usize]];
-    for run in image.runs_over(&below) {
+    for run in image.runs_over(below) {
         for first in (run.first..run.end()).step_by(BATCH as usize) {
             let len = (BATCH.min(run.end() - first) * PAGE_SIZE) as usize;
             let [now, before] = buffers.each_mut().map(|buffer| &mut buffer[..len]);

@@ -10,16 +10,15 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
-use forkd_devices::block::{DiskError, DiskImage, LayerExtent, SealedLayer};
 use forkd_kvm::{Kvm, KvmError, Vm, cpuid};
-use forkd_memory::layer::DATA_OFFSET;
 use forkd_memory::{Backing, GuestRam, Layer, LayerError, MemoryLayout, MemorySizeError, RamError};
 use forkd_proto::frame::FrameError;
 use forkd_proto::monitor::{self, Command, Event, Role, ZygoteConfig};
-use forkd_types::{PageCount, PageRun};
+use forkd_types::PageRun;
 
 use crate::carried::{Carried, CarriedError};
 use crate::copy::{Child, CopyRequest, FreezeRequest, SnapshotRequest};
+use crate::disks::{self, AssemblyError};
 use crate::fork::{self, Side};
 use crate::seed::Seed;
 use crate::state::{MachineState, PAYLOAD_LIMIT, StateError};
@@ -37,22 +36,12 @@ pub enum ZygoteError {
     /// `vmstate` is not usable.
     #[error("vmstate is not usable")]
     State(#[from] StateError),
-    /// A layer of memory or disk cannot be opened, or is not one of this machine's size.
-    #[error("cannot use a {kind} layer")]
-    Layer {
-        /// Memory or disk.
-        kind: &'static str,
-        /// Why.
-        source: LayerError,
-    },
-    /// A disk cannot be assembled.
-    #[error("cannot assemble disk {index}")]
-    Disk {
-        /// Which.
-        index: usize,
-        /// Why.
-        source: DiskError,
-    },
+    /// A layer of memory cannot be opened.
+    #[error("cannot use a memory layer")]
+    Layer(#[source] LayerError),
+    /// The disks cannot be put together.
+    #[error(transparent)]
+    Disks(#[from] AssemblyError),
     /// The snapshot's memory size is not one a machine can have.
     #[error(transparent)]
     MemorySize(#[from] MemorySizeError),
@@ -80,18 +69,15 @@ pub fn load(config: &ZygoteConfig, carried: &mut Carried) -> Result<(Seed, Vec<S
     if !missing.is_empty() {
         return Err(ZygoteError::Features(missing));
     }
-    let layers = open_layers("memory", carried.all(Role::MemoryLayer))?;
+    let layers = carried.all(Role::MemoryLayer).into_iter().map(Layer::open);
+    let layers = layers.collect::<Result<_, _>>().map_err(ZygoteError::Layer)?;
     let layout = MemoryLayout::new(state.config.memory_bytes)?;
     let (ram, warnings) = map_memory(layout, layers, config)?;
     read_ahead(&ram, &config.prefetch);
-    let disks = assemble_disks(&state, carried)?;
+    let disks = disks::assemble(&state.config.disks, carried)?;
     let mut seed = Seed { kvm, ram, state, disks };
     lighten(&mut seed)?;
     Ok((seed, warnings))
-}
-
-fn open_layers(kind: &'static str, files: Vec<File>) -> Result<Vec<Layer>, ZygoteError> {
-    files.into_iter().map(|file| Layer::open(file).map_err(|source| ZygoteError::Layer { kind, source })).collect()
 }
 
 fn map_memory(
@@ -126,33 +112,6 @@ fn read_ahead(ram: &GuestRam, runs: &[PageRun]) {
     }
 }
 
-/// Layers belong to disk 0, the root disk; other disks are immutable or start empty.
-fn assemble_disks(state: &MachineState, carried: &mut Carried) -> Result<Vec<DiskImage>, ZygoteError> {
-    let bases = carried.files(Role::DiskBase, state.config.disks.len())?;
-    let mut layers = open_layers("disk", carried.all(Role::DiskLayer))?;
-    let mut images = Vec::new();
-    for (index, (base, &size)) in bases.into_iter().zip(&state.config.disks).enumerate() {
-        let disk_error = |source| ZygoteError::Disk { index, source };
-        let mut sealed = Vec::new();
-        for layer in layers.drain(..) {
-            let size_error = |source| ZygoteError::Layer { kind: "disk", source };
-            layer.expect_pages(PageCount::covering(size)).map_err(size_error)?;
-            sealed.push(sealed_layer(layer).map_err(disk_error)?);
-        }
-        images.push(DiskImage::new(base, size, sealed).map_err(disk_error)?);
-    }
-    Ok(images)
-}
-
-/// A layer file as the block device reads it.
-fn sealed_layer(layer: Layer) -> Result<Arc<SealedLayer>, DiskError> {
-    let stored = layer.data().iter().map(|&run| LayerExtent { run, offset: Some(DATA_OFFSET + run.offset()) });
-    let zero = layer.zero().iter().map(|&run| LayerExtent { run, offset: None });
-    let mut extents: Vec<_> = stored.chain(zero).collect();
-    extents.sort_unstable_by_key(|extent| extent.run);
-    SealedLayer::packed(layer.into_file(), extents).map(Arc::new)
-}
-
 /// Leaves out of the state what a fresh vCPU has anyway, once for all copies.
 pub(crate) fn lighten(seed: &mut Seed) -> Result<(), ZygoteError> {
     let (vm, _) = Vm::new(&seed.kvm, seed.ram.memory())?;
@@ -184,9 +143,12 @@ pub fn serve(seed: &Seed, control: &OwnedFd) -> Left {
         };
         let event = match command {
             Command::Kill => return Left::Done,
-            Command::Fork { fds: roles, name } => {
-                let disks = seed.disks.len();
-                fork_child(seed, &roles, fds, |carried| CopyRequest::take(carried, name, disks).map(Child::Copy))
+            Command::Fork { fds: roles, name, disk_bytes } => {
+                let overlays = disks::overlays_of(&seed.disks);
+                fork_child(seed, &roles, fds, |carried| {
+                    CopyRequest::take(carried, name, overlays)
+                        .map(|request| Child::Copy(request.limited_to(disk_bytes)))
+                })
             }
             Command::Freeze { fds: roles, name } => {
                 fork_child(seed, &roles, fds, |carried| FreezeRequest::take(carried, name).map(Child::Frozen))
@@ -214,11 +176,12 @@ fn fork_child(
 ) -> Event {
     let started = Instant::now();
     let failed = |error: &dyn std::error::Error| Event::Failed { error: chain(error) };
-    let child = match Carried::new(roles, fds).and_then(|mut carried| take(&mut carried)) {
-        Ok(child) => child,
+    let taken = Carried::new(roles, fds).and_then(|mut carried| Ok((take(&mut carried)?, carried.take(Role::Cgroup))));
+    let (child, group) = match taken {
+        Ok(taken) => taken,
         Err(error) => return failed(&error),
     };
-    match fork::fork() {
+    match fork::fork_into(group.as_ref()) {
         Ok(Side::Child) => child.live(seed, started),
         Ok(Side::Parent(pid)) => {
             let mut stages = forkd_types::StageTimings::default();

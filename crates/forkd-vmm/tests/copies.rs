@@ -121,7 +121,7 @@ impl Extra {
     fn ask(&self, source: &UnixStream) -> Result<Event, Failed> {
         use std::os::fd::AsFd;
         let roles = [Role::Control, Role::VsockListener, Role::Console, Role::DiskOverlay, Role::DiskOverlay];
-        let command = Command::Fork { fds: roles.to_vec(), name: "branch".to_owned() };
+        let command = Command::Fork { fds: roles.to_vec(), name: "branch".to_owned(), disk_bytes: None };
         let fds = [
             self.theirs.as_fd(),
             self.vsock.as_fd(),
@@ -161,7 +161,7 @@ fn a_request_that_lacks_a_descriptor() -> Result<(), Failed> {
     let copies = running(&zygote()?, 1)?;
     let source = &copies.controls[0];
     for roles in [vec![], vec![Role::Control]] {
-        let event = ask(source, &Command::Fork { fds: roles, name: "broken".to_owned() })?;
+        let event = ask(source, &Command::Fork { fds: roles, name: "broken".to_owned(), disk_bytes: None })?;
         assert!(matches!(event, Event::Failed { .. }), "{event:?}");
     }
     assert!(private_pages(source)? >= 1, "it answers");

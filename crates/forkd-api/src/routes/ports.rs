@@ -29,7 +29,7 @@ use hyper_util::rt::TokioIo;
 use crate::auth::ToGuest;
 use crate::error::{ApiError, ApiResult};
 use crate::router::Api;
-use crate::server::Remote;
+use crate::server::{OverTls, Remote};
 
 const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
@@ -182,7 +182,8 @@ fn outgoing(request: Request, target: &Target, port: u16) -> Request {
     }
     let original = HeaderValue::from_str(&host).unwrap_or_else(|_| HeaderValue::from_static("localhost"));
     headers.entry(FORWARDED_HOST).or_insert_with(|| original.clone());
-    headers.entry(FORWARDED_PROTO).or_insert(HeaderValue::from_static("http"));
+    let scheme = if parts.extensions.get::<OverTls>().is_some() { "https" } else { "http" };
+    headers.entry(FORWARDED_PROTO).or_insert(HeaderValue::from_static(scheme));
     if let Some(Remote::Tcp(address)) = parts.extensions.get::<Remote>() {
         let so_far = headers.get(FORWARDED_FOR).and_then(|value| value.to_str().ok());
         let address = address.ip();
@@ -283,6 +284,22 @@ mod tests {
             assert_eq!(by_path(&format!("/v1/sandboxes/sb-1-0000/ports/80{rest}")), found(path), "{rest}");
         }
         assert_eq!(by_path("/v1/sandboxes/sb-1-0000/port/80"), None);
+    }
+
+    #[test]
+    fn a_server_is_told_how_the_client_came_unless_a_proxy_has_said_so() {
+        let target = || Target::of_path(&"/v1/sandboxes/sb-1-0000/ports/80/".parse().expect("legal")).expect("a port");
+        let told = |secured: bool, said: Option<&'static str>| {
+            let mut request = Request::new(Body::empty());
+            if secured {
+                request.extensions_mut().insert(OverTls);
+            }
+            request.headers_mut().extend(said.map(|said| (FORWARDED_PROTO, HeaderValue::from_static(said))));
+            outgoing(request, &target(), 80).headers()[FORWARDED_PROTO].clone()
+        };
+        assert_eq!(told(false, None), "http");
+        assert_eq!(told(true, None), "https");
+        assert_eq!(told(false, Some("https")), "https");
     }
 
     #[test]

@@ -18,7 +18,7 @@ use tower::Service;
 use super::lines::Line;
 use super::tls::Tls;
 use super::watched::Watched;
-use super::{Remote, stopped};
+use super::{OverTls, Remote, stopped};
 use crate::auth::Principal;
 use crate::held::hold;
 
@@ -40,24 +40,30 @@ impl Serving {
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         let socket = Watched::new(socket, Arc::clone(&self.line));
-        let Some(tls) = tls else { return self.speak(socket).await };
+        let Some(tls) = tls else { return self.speak(socket, None).await };
         let shaken = tokio::select! {
             shaken = tls.shake_hands(socket) => shaken,
             () = self.line.hung_up() => return,
             () = stopped(self.stop.clone()) => return,
         };
         match shaken {
-            Ok(stream) => self.speak(stream).await,
+            Ok(stream) => self.speak(stream, Some(OverTls)).await,
             Err(error) => tracing::debug!(remote = %self.remote, %error, "no TLS connection came about"),
         }
     }
 
-    async fn speak<S>(self, stream: S)
+    async fn speak<S>(self, stream: S, over_tls: Option<OverTls>)
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         let Self { router, remote, line, stop } = self;
-        let answering = service_fn(|request| answer(router.clone(), remote.clone(), Arc::clone(&line), request));
+        let answering = service_fn(|mut request: Request<Incoming>| {
+            request.extensions_mut().insert(remote.clone());
+            if let Some(over_tls) = over_tls {
+                request.extensions_mut().insert(over_tls);
+            }
+            answer(router.clone(), Arc::clone(&line), request)
+        });
         let connection = http1::Builder::new()
             // The line has limits of its own, which tell a slow header from an idle connection.
             .header_read_timeout(None)
@@ -87,14 +93,8 @@ impl Serving {
     }
 }
 
-async fn answer(
-    mut router: Router,
-    remote: Remote,
-    line: Arc<Line>,
-    mut request: Request<Incoming>,
-) -> Result<Response, Infallible> {
+async fn answer(mut router: Router, line: Arc<Line>, request: Request<Incoming>) -> Result<Response, Infallible> {
     let mut busy = line.begin();
-    request.extensions_mut().insert(remote);
     let response = router.call(request).await?;
     if response.extensions().get::<Principal>().is_some() {
         busy.is_known();

@@ -51,6 +51,10 @@ pub enum Remote {
     Unix(Peer),
 }
 
+/// In the extensions of requests that came over TLS.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct OverTls;
+
 /// A process at the other end of a unix socket, as it was when it connected.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Peer {

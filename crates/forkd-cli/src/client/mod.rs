@@ -118,6 +118,11 @@ impl Client {
         self.get("/v1/sandboxes").await
     }
 
+    /// One sandbox.
+    pub(crate) async fn sandbox(&self, id: &SandboxId) -> Result<SandboxInfo, ClientError> {
+        self.get(&format!("/v1/sandboxes/{id}")).await
+    }
+
     /// Kills a sandbox.
     pub(crate) async fn kill(&self, id: &SandboxId) -> Result<(), ClientError> {
         self.call(Method::DELETE, &format!("/v1/sandboxes/{id}"), empty()).await.map(drop)

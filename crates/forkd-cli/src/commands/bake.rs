@@ -1,5 +1,6 @@
 //! `from-image` and `snapshot`: two ways to name a root disk, one way to bake it.
 
+use std::mem::take;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -16,6 +17,7 @@ use crate::client::Client;
 use crate::failure::advised;
 use crate::ingredients::{self, DEFAULT_KERNEL, Plan};
 use crate::interrupt::Interrupts;
+use crate::volume::{self, VolumeArg};
 use crate::{environment, output};
 
 /// How the machine is shaped and warmed.
@@ -41,6 +43,10 @@ struct RecipeArgs {
     /// vCPUs, 1 to 8
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=8))]
     cpus: u32,
+    /// A further disk: an image of an ext4 file system on this host, and where the guest has it. Every
+    /// copy writes to a private one (rw), or all read the same (ro). Up to 24
+    #[arg(long, value_name = "HOST:GUEST[:ro|rw]")]
+    volume: Vec<VolumeArg>,
     /// How long the guest may take until its agent answers
     #[arg(long, value_name = "SECONDS", default_value_t = 180, value_parser = clap::value_parser!(u64).range(1..=3600))]
     boot_timeout_secs: u64,
@@ -104,13 +110,15 @@ impl FromImageArgs {
         interrupts.guard(self.bake(context)).await
     }
 
-    async fn bake(self, context: &Context) -> anyhow::Result<u8> {
+    async fn bake(mut self, context: &Context) -> anyhow::Result<u8> {
+        let volumes = volume::read(&take(&mut self.recipe.volume), &context.data, &context.progress).await?;
         let recipe = self.recipe.recipe(self.tag);
         let size = self.size.or(self.size_mib.map(ByteSize::mib));
         let plan = Plan::new(&self.source, &self.extra, size)?.with_mirror(self.mirror, self.refresh);
         let client = context.client().await?;
         refuse_existing(&client, &recipe).await?;
         let parts = plan.make(self.kernel, &context.data, &context.progress).await?;
+        let parts = Parts { volumes, ..parts };
         let snapshot = bake(&client, &parts, &recipe, &context.progress).await?;
         output::line(snapshot.tag)?;
         context.progress.say(format_args!("next: forkd spawn --tag {} -n 10", recipe.tag));
@@ -156,19 +164,27 @@ impl SnapshotArgs {
         match (from_sandbox, tag, kernel, rootfs) {
             (Some(sandbox), tag, ..) => interrupts.guard(of_sandbox.run(&sandbox, tag, recipe.replace, context)).await,
             (None, Some(tag), Some(kernel), Some(rootfs)) => {
-                interrupts.guard(Self::bake(recipe.recipe(tag), kernel, rootfs, context)).await
+                interrupts.guard(Self::bake(recipe, tag, kernel, rootfs, context)).await
             }
             _ => unreachable!("clap requires them together"),
         }
     }
 
-    async fn bake(recipe: Recipe, kernel: KernelChoice, rootfs: PathBuf, context: &Context) -> anyhow::Result<u8> {
+    async fn bake(
+        mut recipe: RecipeArgs,
+        tag: Tag,
+        kernel: KernelChoice,
+        rootfs: PathBuf,
+        context: &Context,
+    ) -> anyhow::Result<u8> {
+        let volumes = volume::read(&take(&mut recipe.volume), &context.data, &context.progress).await?;
+        let recipe = recipe.recipe(tag);
         let notes = context.data.digests();
         let disk = Blob::of(rootfs, "root disk", &notes, &context.progress).await?;
         let (kernel, initramfs) = ingredients::kernel_and_initramfs(kernel, &context.data, &context.progress).await?;
         let client = context.client().await?;
         refuse_existing(&client, &recipe).await?;
-        let parts = Parts { kernel, initramfs, disk };
+        let parts = Parts { kernel, initramfs, disk, volumes };
         bake(&client, &parts, &recipe, &context.progress).await?;
         context.progress.say(format_args!("next: forkd fork --tag {} -n 10", recipe.tag));
         Ok(0)

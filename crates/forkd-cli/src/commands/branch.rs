@@ -7,6 +7,7 @@ use forkd_types::{SandboxId, Tag};
 use super::spawn::tell;
 use super::workspace::LifetimeOptions;
 use super::{Context, sandbox_error};
+use crate::limits::LimitOptions;
 use crate::{output, units};
 
 /// Arguments of `forkd branch`.
@@ -21,6 +22,8 @@ pub(crate) struct BranchArgs {
     #[arg(long, value_name = "MIB")]
     memory_limit_mib: Option<u64>,
     #[command(flatten)]
+    limits: LimitOptions,
+    #[command(flatten)]
     lifetime: LifetimeOptions,
     /// Print the daemon's answer as JSON, with stage timings
     #[arg(long)]
@@ -32,7 +35,8 @@ impl BranchArgs {
         let client = context.client().await?;
         let step = context.progress.quick_step(format!("Copying {} {} times", self.sandbox, self.n));
         let LifetimeOptions { timeout_secs, on_timeout } = self.lifetime;
-        let request = ForkRequest { n: self.n, memory_limit_mib: self.memory_limit_mib, timeout_secs, on_timeout };
+        let (n, memory_limit_mib, limits) = (self.n, self.memory_limit_mib, self.limits.all());
+        let request = ForkRequest { n, memory_limit_mib, timeout_secs, on_timeout, limits };
         let report = client.fork(&self.sandbox, &request).await.map_err(sandbox_error)?;
         step.vanish();
         tell(&report, self.n, self.json, &context.progress)

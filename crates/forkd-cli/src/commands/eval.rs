@@ -8,7 +8,7 @@ use forkd_proto::agent::{Eval, Evaluated};
 use forkd_types::SandboxId;
 use serde_json::{Value, json};
 
-use super::{Context, no_sandbox, sandbox_error, silent};
+use super::{Context, lost, no_sandbox, sandbox_error};
 use crate::direct_agent::{DirectAgent, DirectArgs};
 use crate::failure::{UsageError, advised};
 use crate::output;
@@ -40,10 +40,14 @@ impl EvalArgs {
         let code = self.code()?;
         match (&self.sandbox, self.direct.agent()) {
             (Some(sandbox), _) => {
-                let connection = context.client().await?.agent(sandbox).await.map_err(sandbox_error)?;
+                let client = context.client().await?;
+                let connection = client.agent(sandbox).await.map_err(sandbox_error)?;
                 let eval =
                     Eval { language: self.language, code, timeout_ms: Some(self.timeout_secs.saturating_mul(1000)) };
-                let evaluated = connection.eval(eval).await.map_err(|error| silent(error.into(), sandbox))?;
+                let evaluated = match connection.eval(eval).await {
+                    Err(error) => return Err(lost(&client, error.into(), sandbox).await),
+                    Ok(evaluated) => evaluated,
+                };
                 if self.json {
                     output::json(&evaluated)?;
                     return Ok(u8::from(evaluated.error.is_some()));

@@ -11,7 +11,7 @@ use serde_json::json;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::Context;
-use crate::machine::{Reporter, call, explain, start};
+use crate::machine::{RESTART, Reporter, call, explain, start};
 use crate::terminal::{self, RawMode};
 use crate::{failure::advised, output, units};
 
@@ -92,7 +92,7 @@ struct ExecArgs {
     #[arg(short = 'w', long, value_name = "DIR")]
     cwd: Option<String>,
     /// Kill the program and all it started after this long
-    #[arg(long, value_name = "SECONDS")]
+    #[arg(long, visible_alias = "timeout", value_name = "SECONDS")]
     timeout_secs: Option<u64>,
     /// The program and its arguments
     #[arg(last = true, required = true, value_name = "COMMAND")]
@@ -163,10 +163,21 @@ async fn status(as_json: bool, context: &Context) -> anyhow::Result<u8> {
     let report = match &status {
         Status::Absent => json!({ "state": "absent" }),
         Status::Stopped => json!({ "state": "stopped" }),
+        Status::Starting { qemu_pid, started_unix } => {
+            json!({ "state": "starting", "pid": qemu_pid, "started_at_unix": started_unix })
+        }
+        Status::NotAnswering { running, waited, console_tail } => json!({
+            "state": "not answering",
+            "answers": false,
+            "waited_secs": waited.as_secs(),
+            "pid": running.qemu_pid,
+            "started_at_unix": running.started_unix,
+            "console_tail": console_tail,
+        }),
         Status::Running { running, pong, processor, vcpus, memory, network } => json!({
             "state": "running",
-            "answers": pong.is_some(),
-            "kernel": pong.as_ref().map(|pong| pong.kernel.clone()),
+            "answers": true,
+            "kernel": pong.kernel,
             "processor": processor,
             "vcpus": vcpus,
             "memory_bytes": memory,
@@ -186,8 +197,18 @@ async fn status(as_json: bool, context: &Context) -> anyhow::Result<u8> {
         match &status {
             Status::Absent => output::line("absent; `forkd machine start` makes one")?,
             Status::Stopped => output::line("stopped")?,
+            Status::Starting { started_unix, .. } => {
+                output::line(format_args!("starting, begun {}", units::age(*started_unix)))?;
+            }
+            Status::NotAnswering { running, console_tail, .. } => {
+                let text = crate::machine::describe(&status).unwrap_or_default();
+                output::line(format_args!(
+                    "{text}, started {}. If it stays so: {RESTART}\nIts console ended with:\n{console_tail}",
+                    units::age(running.started_unix)
+                ))?;
+            }
             Status::Running { running, .. } => {
-                let text = crate::machine::describe(&context.data).await?.unwrap_or_default();
+                let text = crate::machine::describe(&status).unwrap_or_default();
                 output::line(format_args!("{text}, started {}", units::age(running.started_unix)))?;
             }
             Status::Dead { cause, console_tail } => {
@@ -195,7 +216,7 @@ async fn status(as_json: bool, context: &Context) -> anyhow::Result<u8> {
             }
         }
     }
-    Ok(u8::from(matches!(status, Status::Dead { .. })))
+    Ok(u8::from(matches!(status, Status::Dead { .. } | Status::NotAnswering { .. })))
 }
 
 async fn remove(force: bool, context: &Context) -> anyhow::Result<u8> {

@@ -33,6 +33,8 @@ pub(crate) mod tree;
 pub(crate) mod verify;
 pub(crate) mod workspace;
 
+use std::time::Duration;
+
 use forkd_types::SandboxId;
 
 use crate::client::{Client, ClientError};
@@ -77,6 +79,24 @@ fn sandbox_error(error: ClientError) -> anyhow::Error {
         Some(http::StatusCode::NOT_FOUND) => advised(error, "forkd ls"),
         _ => error.into(),
     }
+}
+
+/// The error of a connection to the agent of `sandbox`: when that ended meanwhile, how it did, and else what to type.
+async fn lost(client: &Client, error: anyhow::Error, sandbox: &SandboxId) -> anyhow::Error {
+    if let Some(ClientError::Frame(_)) = error.downcast_ref::<ClientError>() {
+        // The connection ends with the machine; the daemon knows a moment later why.
+        for _ in 0..10 {
+            match client.sandbox(sandbox).await.map(|info| info.stopped) {
+                Ok(Some(reason)) => {
+                    let ended = anyhow::anyhow!("sandbox {sandbox} {reason}");
+                    return advised(ended, format!("forkd logs {sandbox}"));
+                }
+                Ok(None) => tokio::time::sleep(Duration::from_millis(100)).await,
+                Err(_) => break,
+            }
+        }
+    }
+    silent(error, sandbox)
 }
 
 /// Adds to an error what to type when the guest of `sandbox` is silent.

@@ -9,7 +9,7 @@ use forkd_types::rest::{SnapshotStatus, SpawnRequest};
 use forkd_types::{ByteSize, Tag};
 
 use super::exec::{session, variable};
-use super::{Context, sandbox_error, silent, spawn_error};
+use super::{Context, lost, sandbox_error, spawn_error};
 use crate::bake::{Recipe, bake};
 use crate::children::Children;
 use crate::client::Client;
@@ -116,7 +116,10 @@ impl RunArgs {
             terminal: self.tty.then(terminal::size),
             ..Exec::default()
         };
-        session::run(connection, &exec).await.map_err(|error| silent(error, sandbox))
+        match session::run(connection, &exec).await {
+            Err(error) => Err(lost(client, error, sandbox).await),
+            done => done,
+        }
     }
 }
 

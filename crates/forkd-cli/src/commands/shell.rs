@@ -5,7 +5,7 @@ use forkd_proto::agent::Exec;
 use forkd_types::SandboxId;
 
 use super::exec::{session, variable};
-use super::{Context, sandbox_error, silent};
+use super::{Context, lost, sandbox_error};
 use crate::terminal;
 
 /// The user's shell of the guest, else bash, else sh. `$SHELL` is the login shell of the user that was asked for.
@@ -35,8 +35,12 @@ pub(crate) struct ShellArgs {
 
 impl ShellArgs {
     pub(crate) async fn run(self, context: &Context) -> anyhow::Result<u8> {
-        let connection = context.client().await?.agent(&self.sandbox).await.map_err(sandbox_error)?;
-        session::run(connection, &self.exec()).await.map_err(|error| silent(error, &self.sandbox))
+        let client = context.client().await?;
+        let connection = client.agent(&self.sandbox).await.map_err(sandbox_error)?;
+        match session::run(connection, &self.exec()).await {
+            Err(error) => Err(lost(&client, error, &self.sandbox).await),
+            done => done,
+        }
     }
 
     fn exec(&self) -> Exec {

@@ -7,6 +7,7 @@ use forkd_types::rest::{AutoCheckpoint, SPAWN_LIMIT, SpawnReport, SpawnRequest};
 use super::workspace::LifetimeOptions;
 use super::{Context, snapshot_error};
 use crate::failure::advised;
+use crate::limits::LimitOptions;
 use crate::progress::Progress;
 use crate::{children, output, units};
 
@@ -25,6 +26,8 @@ pub(crate) struct ChildOptions {
     /// Take a checkpoint of a child before each of these: exec, every program and evaluation
     #[arg(long, value_name = "WHEN", value_parser = auto_checkpoint)]
     pub(crate) auto_checkpoint: Option<AutoCheckpoint>,
+    #[command(flatten)]
+    limits: LimitOptions,
     #[command(flatten)]
     pub(crate) lifetime: LifetimeOptions,
     /// Accepted for existing scripts: every child can be branched while it runs
@@ -47,6 +50,7 @@ impl ChildOptions {
             auto_checkpoint: self.auto_checkpoint,
             timeout_secs: self.lifetime.timeout_secs,
             on_timeout: self.lifetime.on_timeout,
+            limits: self.limits.all(),
             ..SpawnRequest::of(tag, n)
         }
     }

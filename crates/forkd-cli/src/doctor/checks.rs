@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use forkd_machine::Status;
 use forkd_types::ByteSize;
 
 use super::Check;
@@ -38,6 +39,7 @@ pub(super) async fn all(context: &Context) -> Vec<Check> {
     checks.push(memory());
     checks.push(cgroup());
     checks.push(huge_pages());
+    checks.extend(super::network::checks(verdict.is_usable() && !given));
     checks.push(daemon(context).await);
     checks.push(machine_status(&verdict, context).await);
     checks
@@ -183,10 +185,11 @@ async fn daemon(context: &Context) -> Check {
 }
 
 async fn machine_status(verdict: &Verdict, context: &Context) -> Check {
-    match machine::describe(&context.data).await {
-        Ok(Some(text)) => Check::pass("machine", text),
-        Ok(None) if verdict.is_usable() => Check::skip("machine", "not running, not needed here"),
-        Ok(None) => Check::skip("machine", "not running; it is started when needed"),
+    match machine::status(&context.data).await.map(|status| (machine::describe(&status), status)) {
+        Ok((Some(text), Status::NotAnswering { .. })) => Check::warn("machine", text, machine::RESTART),
+        Ok((Some(text), _)) => Check::pass("machine", text),
+        Ok((None, _)) if verdict.is_usable() => Check::skip("machine", "not running, not needed here"),
+        Ok((None, _)) => Check::skip("machine", "not running; it is started when needed"),
         Err(error) => Check::warn("machine", format!("{error:#}"), "forkd machine rm   (it is made anew when needed)"),
     }
 }

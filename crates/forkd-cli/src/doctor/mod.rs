@@ -1,6 +1,7 @@
 //! `doctor`: what this host has, what it lacks, and how forkd will run on it.
 
 mod checks;
+mod network;
 mod packages;
 
 use std::fmt;

@@ -33,7 +33,10 @@ impl Daemon {
 pub fn serve(state: &Path, more: &[&str]) -> Command {
     let mut command = Command::new(PROGRAM);
     // Any program will do as long as no snapshot is forked.
-    command.args(["serve", "--bind", "127.0.0.1:0", "--vmm", "/bin/true", "--state-dir"]).arg(state).args(more);
+    command
+        .args(["serve", "--network", "off", "--bind", "127.0.0.1:0", "--vmm", "/bin/true", "--state-dir"])
+        .arg(state)
+        .args(more);
     command.env_remove("FORKD_TOKEN_FILE").env_remove("FORKD_TOKENS").stderr(Stdio::piped());
     command
 }

@@ -6,8 +6,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use forkd_types::PAGE_SIZE;
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY,
-    VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP,
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
+    VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK,
+    VIRTIO_BLK_S_UNSUPP,
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
@@ -52,7 +53,7 @@ pub struct BlockCounters {
     pub refused: AtomicU64,
     /// Requests that failed because a file of the disk could not be read or written.
     pub failed: AtomicU64,
-    /// Of those, the ones for which the host had no room.
+    /// Of those, the ones for which the host had no room, or gave the machine none.
     pub out_of_space: AtomicU64,
 }
 
@@ -60,6 +61,7 @@ pub struct BlockCounters {
 pub struct Block {
     disk: SharedDisk,
     serial: String,
+    read_only: bool,
     config: Arc<ConfigSpace>,
     counters: Arc<BlockCounters>,
     requeue: Requeue,
@@ -71,6 +73,7 @@ impl Block {
     pub fn new(disk: BlockDisk, serial: &str) -> Self {
         let config = ConfigSpace::read_only(config_bytes(disk.size()));
         Self {
+            read_only: disk.is_read_only(),
             disk: SharedDisk::new(disk),
             serial: serial.to_owned(),
             config,
@@ -154,7 +157,7 @@ fn serve(disk: &mut BlockDisk, serial: &str, counters: &BlockCounters, mut chain
 fn refusal(failure: &Failure, counters: &BlockCounters) -> u32 {
     let count = |counter: &AtomicU64| counter.fetch_add(1, Ordering::Relaxed);
     match failure {
-        Failure::Disk(error @ DiskError::File { .. }) => {
+        Failure::Disk(error @ (DiskError::File { .. } | DiskError::OverBudget { .. })) => {
             count(&counters.failed);
             if error.is_out_of_space() {
                 count(&counters.out_of_space);
@@ -233,12 +236,15 @@ impl VirtioDevice for Block {
     }
 
     fn features(&self) -> u64 {
-        1 << VIRTIO_BLK_F_FLUSH
+        let every = 1 << VIRTIO_BLK_F_FLUSH
             | 1 << VIRTIO_BLK_F_SEG_MAX
             | 1 << VIRTIO_BLK_F_BLK_SIZE
-            | 1 << VIRTIO_BLK_F_TOPOLOGY
-            | 1 << VIRTIO_BLK_F_DISCARD
-            | 1 << VIRTIO_BLK_F_WRITE_ZEROES
+            | 1 << VIRTIO_BLK_F_TOPOLOGY;
+        every
+            | match self.read_only {
+                true => 1 << VIRTIO_BLK_F_RO,
+                false => 1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES,
+            }
     }
 
     fn queue_sizes(&self) -> &'static [u16] {

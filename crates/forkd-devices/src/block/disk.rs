@@ -8,6 +8,8 @@
 //!   base      shared, immutable, raw                       ▼ oldest
 //! ```
 //!
+//! A disk that several machines share has a base and nothing else, and cannot be written.
+//!
 //! Flushes reach no disk: an overlay is scratch space whose index lives in this process, so it is
 //! lost with the process whether or not its pages were written out. Durability begins with a
 //! snapshot, which syncs what it writes.
@@ -17,9 +19,10 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
-use forkd_types::{PAGE_SIZE, PageCount, PageRun, PageRunError};
+use forkd_types::{ByteSize, PAGE_SIZE, PageCount, PageRun, PageRunError};
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
 
+use super::budget::Budget;
 use super::index::{BlockIndex, Source};
 use super::layer::SealedLayer;
 use crate::guest_buffers::{GuestBuffers, WriteFrom};
@@ -45,6 +48,24 @@ pub enum DiskError {
     /// The overlay holds blocks, which a copy must not share.
     #[error("a copy of a disk was asked for while its overlay holds blocks; seal it first")]
     Unsealed,
+    /// A disk that cannot be written was to be.
+    #[error("a write of {len} bytes at {offset} was tried on a disk that is shared and read-only")]
+    ReadOnly {
+        /// Start of the range.
+        offset: u64,
+        /// Its length.
+        len: u64,
+    },
+    /// The machine may hold no more blocks.
+    #[error("writing {len} bytes at {offset} would take more than the {limit} that the machine's disks may grow by")]
+    OverBudget {
+        /// Start of the range.
+        offset: u64,
+        /// Its length.
+        len: u64,
+        /// How much there is room for in all.
+        limit: ByteSize,
+    },
     /// A range does not lie on the disk.
     #[error("{len} bytes at {offset} do not lie on a disk of {size} bytes")]
     OutOfBounds {
@@ -72,10 +93,15 @@ pub enum DiskError {
 }
 
 impl DiskError {
-    /// Whether the host has no room for the overlay.
+    /// Whether the host has no room for the overlay, or gives none.
     pub fn is_out_of_space(&self) -> bool {
-        matches!(self, Self::File { source, .. }
-            if matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded))
+        match self {
+            Self::File { source, .. } => {
+                matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+            }
+            Self::OverBudget { .. } => true,
+            _ => false,
+        }
     }
 }
 
@@ -87,6 +113,7 @@ pub struct DiskImage {
     layers: Vec<Arc<SealedLayer>>,
     index: BlockIndex,
     origin: Origin,
+    read_only: bool,
 }
 
 /// Where a disk began: the layers it was put together from, and its index then.
@@ -114,12 +141,30 @@ impl DiskImage {
             layer.for_each_run(|run, zeros| index.set(run, if zeros { Source::ZERO } else { own }));
         }
         let origin = Origin { layers: layers.len(), index: index.clone() };
-        Ok(Self { base: Arc::new(base), size, layers, index, origin })
+        Ok(Self { base: Arc::new(base), size, layers, index, origin, read_only: false })
+    }
+
+    /// A disk of `size` bytes that cannot be written: `base` (zeros past its end) and nothing over it.
+    ///
+    /// # Errors
+    /// The size is not a whole number of sectors.
+    pub fn shared(base: File, size: u64) -> Result<Self, DiskError> {
+        Ok(Self { read_only: true, ..Self::new(base, size, Vec::new())? })
     }
 
     /// A disk that writes to `overlay`, which must be empty.
     pub fn with_overlay(self, overlay: File) -> BlockDisk {
-        BlockDisk { image: self, overlay, overlay_dirty: false }
+        BlockDisk { image: self, overlay: Some(overlay), overlay_dirty: false, budget: None }
+    }
+
+    /// A disk that writes nowhere, because it cannot be written.
+    pub fn without_overlay(self) -> BlockDisk {
+        BlockDisk { image: Self { read_only: true, ..self }, overlay: None, overlay_dirty: false, budget: None }
+    }
+
+    /// Whether disks over this image cannot be written, and need no overlay.
+    pub fn is_read_only(&self) -> bool {
+        self.read_only
     }
 
     /// Logical size in bytes.
@@ -146,6 +191,7 @@ impl DiskImage {
             layers,
             index: self.origin.index.clone(),
             origin: self.origin.clone(),
+            read_only: self.read_only,
         }
     }
 
@@ -153,7 +199,8 @@ impl DiskImage {
     pub fn bare(&self) -> Self {
         let index = BlockIndex::new(PageCount::covering(self.size).0);
         let origin = Origin { layers: 0, index: index.clone() };
-        Self { base: Arc::clone(&self.base), size: self.size, layers: Vec::new(), index, origin }
+        let (base, size, read_only) = (Arc::clone(&self.base), self.size, self.read_only);
+        Self { base, size, layers: Vec::new(), index, origin, read_only }
     }
 
     /// The blocks that may differ from `below`, which is this disk's [`origin`](Self::origin) or
@@ -235,13 +282,16 @@ fn check(size: u64, offset: u64, len: u64) -> Result<(), DiskError> {
     }
 }
 
-/// One disk that can be written.
+/// One disk of one machine.
 #[derive(Debug)]
 pub struct BlockDisk {
     image: DiskImage,
-    overlay: File,
+    /// None where it cannot be written.
+    overlay: Option<File>,
     /// Whether the index changed since the overlay was put on.
     overlay_dirty: bool,
+    /// What its overlays may grow to, those that were sealed too.
+    budget: Option<Arc<Budget>>,
 }
 
 impl BlockDisk {
@@ -252,6 +302,11 @@ impl BlockDisk {
     /// The size is not a whole number of sectors, or a layer goes past it.
     pub fn new(base: File, size: u64, layers: Vec<Arc<SealedLayer>>, overlay: File) -> Result<Self, DiskError> {
         Ok(DiskImage::new(base, size, layers)?.with_overlay(overlay))
+    }
+
+    /// Lets it grow no further than `budget`, from which it takes the blocks of every write from now on.
+    pub fn limit_to(&mut self, budget: Arc<Budget>) {
+        self.budget = Some(budget);
     }
 
     /// Logical size in bytes.
@@ -273,13 +328,21 @@ impl BlockDisk {
     ///
     /// An overlay that nothing was written to adds no layer, so branching an idle disk again and
     /// again does not deepen it.
+    ///
+    /// # Panics
+    /// The disk [cannot be written](Self::is_read_only).
     pub fn seal(&mut self, fresh_overlay: File) -> Arc<SealedLayer> {
-        let overlay = std::mem::replace(&mut self.overlay, fresh_overlay);
+        let overlay = self.overlay.replace(fresh_overlay).expect("only a disk that can be written is sealed");
         let layer = Arc::new(SealedLayer::overlay(overlay, self.image.index.clone(), self.overlay_source()));
         if std::mem::take(&mut self.overlay_dirty) {
             self.image.layers.push(Arc::clone(&layer));
         }
         layer
+    }
+
+    /// Whether it cannot be written.
+    pub fn is_read_only(&self) -> bool {
+        self.image.read_only
     }
 
     /// The immutable part of this disk, to make copies from.
@@ -314,7 +377,7 @@ impl BlockDisk {
     /// # Errors
     /// As [`read_at`](Self::read_at).
     pub fn read_buffers(&self, offset: u64, buffers: GuestBuffers<'_>) -> Result<(), DiskError> {
-        self.image.read(Some(&self.overlay), offset, buffers)
+        self.image.read(self.overlay.as_ref(), offset, buffers)
     }
 
     /// Writes from guest memory.
@@ -334,6 +397,7 @@ impl BlockDisk {
     /// The range is not on the disk.
     pub fn discard(&mut self, offset: u64, len: u64) -> Result<(), DiskError> {
         self.check(offset, len)?;
+        self.writable(offset, len)?;
         if let Some(run) = self.whole_blocks(offset, len) {
             self.zero_blocks(run);
         }
@@ -347,6 +411,7 @@ impl BlockDisk {
     pub fn write_zeroes(&mut self, offset: u64, len: u64) -> Result<(), DiskError> {
         const ZEROS: [u8; PAGE_SIZE as usize] = [0; PAGE_SIZE as usize];
         self.check(offset, len)?;
+        self.writable(offset, len)?;
         let end = offset + len;
         let (whole_start, whole_end) = match self.whole_blocks(offset, len) {
             Some(run) => {
@@ -377,6 +442,11 @@ impl BlockDisk {
         check(self.image.size, offset, len)
     }
 
+    /// Where writes to a range go, if they may.
+    fn writable(&self, offset: u64, len: u64) -> Result<&File, DiskError> {
+        self.overlay.as_ref().ok_or(DiskError::ReadOnly { offset, len })
+    }
+
     /// The blocks that lie wholly in the range; a block cut short by the end of the disk counts.
     fn whole_blocks(&self, offset: u64, len: u64) -> Option<PageRun> {
         let end = offset + len;
@@ -390,6 +460,7 @@ impl BlockDisk {
     fn write(&mut self, offset: u64, content: WriteFrom<'_>) -> Result<(), DiskError> {
         let len = content.len() as u64;
         self.check(offset, len)?;
+        let overlay = self.writable(offset, len)?;
         if len == 0 {
             return Ok(());
         }
@@ -414,7 +485,8 @@ impl BlockDisk {
         if tail > 0 {
             pieces.push_bytes(&after[tail..]);
         }
-        pieces.write_to_file(&self.overlay, start).map_err(|source| DiskError::File {
+        self.take_room(run).map_err(|limit| DiskError::OverBudget { offset, len, limit })?;
+        pieces.write_to_file(overlay, start).map_err(|source| DiskError::File {
             action: "writing",
             file: "overlay",
             offset: start,
@@ -436,6 +508,20 @@ impl BlockDisk {
         self.read_at(block * PAGE_SIZE, &mut content[..len])
     }
 
+    /// Takes room for the blocks of `run` that the overlay does not hold yet; the error is how much there is in all.
+    fn take_room(&self, run: PageRun) -> Result<(), ByteSize> {
+        let Some(budget) = &self.budget else { return Ok(()) };
+        let (mut block, mut fresh) = (run.first, 0);
+        while block < run.end() {
+            let (source, count) = self.image.index.run_at(block, run.end() - block);
+            if source != self.overlay_source() {
+                fresh += count;
+            }
+            block += count;
+        }
+        if budget.take(fresh) { Ok(()) } else { Err(budget.size()) }
+    }
+
     fn needs_copy_up(&self, block: u64) -> bool {
         self.image.index.get(block) != self.overlay_source()
     }
@@ -445,10 +531,13 @@ impl BlockDisk {
         while block < run.end() {
             let (source, count) = self.image.index.run_at(block, run.end() - block);
             let part = PageRun { first: block, count };
-            if source == self.overlay_source() {
+            if let Some(overlay) = self.overlay.as_ref().filter(|_| source == self.overlay_source()) {
                 // Where the file system cannot punch holes the space is lost, not the zeros.
                 let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-                let _ = fallocate(&self.overlay, flags, part.offset(), part.bytes());
+                let _ = fallocate(overlay, flags, part.offset(), part.bytes());
+                if let Some(budget) = &self.budget {
+                    budget.give_back(count);
+                }
             }
             // Free space of a sparse base is zeros already; noting it would make every fstrim a change.
             let unchanged = source == Source::ZERO || source == Source::BASE && self.base_is_hole(part);

@@ -5,6 +5,7 @@
 //! sealed at a fork; then the overlay is a layer that both sides share, and each side goes on with a
 //! fresh, empty one. Nothing is copied.
 
+mod budget;
 mod device;
 mod disk;
 mod index;
@@ -14,6 +15,7 @@ mod state;
 #[cfg(test)]
 mod tests;
 
+pub use budget::Budget;
 pub use device::{Block, BlockCounters, SharedDisk};
 pub use disk::{BlockDisk, DiskError, DiskImage};
 pub use layer::{LayerExtent, SealedLayer};

@@ -457,6 +457,40 @@ fn a_host_without_room_is_an_error_in_the_guest() {
 }
 
 #[test]
+fn a_shared_disk_is_read_by_all_and_written_by_nobody() {
+    let bytes = pattern(1 << 20, 3);
+    let image = DiskImage::shared(file(&bytes), 1 << 20).unwrap();
+    assert!(image.is_read_only() && image.bare().is_read_only() && image.origin().is_read_only());
+    let mut disk = image.clone().without_overlay();
+    assert!(disk.is_read_only() && disk.image().unwrap().is_read_only());
+    assert!(matches!(disk.write_at(0, &[1]), Err(DiskError::ReadOnly { offset: 0, len: 1 })));
+    assert!(matches!(disk.discard(0, PAGE_SIZE), Err(DiskError::ReadOnly { .. })));
+    assert!(matches!(disk.write_zeroes(512, 512), Err(DiskError::ReadOnly { .. })));
+    assert!(matches!(disk.write_at(1 << 20, &[1]), Err(DiskError::OutOfBounds { .. })));
+    assert!(content(&disk) == bytes);
+    assert_eq!(image.runs_over(&image.bare()), []);
+
+    let device = Block::new(disk, "x");
+    let counters = device.counters();
+    let features = crate::VirtioDevice::features(&device);
+    assert_eq!((features >> 5 & 1, features >> 13 & 3), (1, 0), "read-only, and nothing to discard with");
+    let mut driver = Driver::start(Box::new(device), ALL_FEATURES);
+    let mut segment = [0_u8; 16];
+    segment[8] = 8;
+    driver.memory.write_slice(&segment, GuestAddress(DATA)).unwrap();
+    for kind in [1, 11, 13] {
+        let len = if kind == 1 { 512 } else { 16 };
+        assert_eq!(request(&mut driver, kind, 0, &[(DATA, len, false)]), (1, 1), "request {kind}");
+    }
+    assert_eq!(counters.refused.load(Ordering::Relaxed), 3);
+    assert_eq!(request(&mut driver, 4, 0, &[]), (0, 1));
+    assert_eq!(request(&mut driver, 0, 1, &[(DATA, 512, true)]), (0, 513));
+    let mut read = vec![0; 512];
+    driver.memory.read_slice(&mut read, GuestAddress(DATA)).unwrap();
+    assert_eq!(read, bytes[512..1024]);
+}
+
+#[test]
 fn a_full_queue_is_served_in_shares() {
     let (mut driver, ..) = start(1 << 20, ALL_FEATURES);
     for _ in 0..128 {

@@ -44,10 +44,11 @@ pub struct NetCounters {
     pub receive_dropped: AtomicU64,
 }
 
-/// A virtio network device over a tap.
+/// A virtio network device over a tap, or one whose cable is not plugged in.
 pub struct Net {
     mac: [u8; 6],
-    tap: OwnedFd,
+    /// Without one the link is down, and what the guest sends is lost.
+    tap: Option<OwnedFd>,
     epoll: OwnedFd,
     requeue: Requeue,
     config: Arc<ConfigSpace>,
@@ -69,38 +70,42 @@ impl Net {
     /// # Errors
     /// The tap does not accept the settings, or a descriptor cannot be prepared.
     pub fn new(mac: [u8; 6], tap: OwnedFd) -> Result<Self, DescriptorError> {
-        Self::restore(&NetState { mac, features: None }, tap)
+        Self::restore(&NetState { mac, features: None }, Some(tap))
     }
 
-    /// A device whose driver goes on where it was, on a tap of its own.
+    /// A device whose driver goes on where it was, on a tap of its own or, where there are no networks, on none.
     ///
     /// # Errors
     /// As [`new`](Self::new).
-    pub fn restore(state: &NetState, tap: OwnedFd) -> Result<Self, DescriptorError> {
+    pub fn restore(state: &NetState, tap: Option<OwnedFd>) -> Result<Self, DescriptorError> {
         let failed = |action| move |source: io::Error| DescriptorError { device: "network", action, source };
-        rustix::io::ioctl_fionbio(&tap, true).map_err(|error| failed("making the tap non-blocking")(error.into()))?;
-        tap::set_header_len(&tap, NET_HEADER_LEN).map_err(failed("setting the tap's header length"))?;
-        tap::set_offloads(&tap, state.features.unwrap_or(0)).map_err(failed("setting the tap's offloads"))?;
         let epoll =
             epoll::create(CreateFlags::CLOEXEC).map_err(|error| failed("creating the event queue")(error.into()))?;
-        epoll::add(&epoll, &tap, EventData::new_u64(TAP), EventFlags::IN | EventFlags::ET)
-            .map_err(|error| failed("watching the tap")(error.into()))?;
+        if let Some(tap) = &tap {
+            rustix::io::ioctl_fionbio(tap, true)
+                .map_err(|error| failed("making the tap non-blocking")(error.into()))?;
+            tap::set_header_len(tap, NET_HEADER_LEN).map_err(failed("setting the tap's header length"))?;
+            tap::set_offloads(tap, state.features.unwrap_or(0)).map_err(failed("setting the tap's offloads"))?;
+            epoll::add(&epoll, tap, EventData::new_u64(TAP), EventFlags::IN | EventFlags::ET)
+                .map_err(|error| failed("watching the tap")(error.into()))?;
+        }
         let requeue = Requeue::new();
         if let Some(fd) = requeue.fd() {
             epoll::add(&epoll, fd, EventData::new_u64(REQUEUE), EventFlags::IN)
                 .map_err(|error| failed("watching for left-over work")(error.into()))?;
         }
         let mut config = state.mac.to_vec();
-        config.extend((VIRTIO_NET_S_LINK_UP as u16).to_le_bytes());
+        let status = if tap.is_some() { VIRTIO_NET_S_LINK_UP as u16 } else { 0 };
+        config.extend(status.to_le_bytes());
         Ok(Self {
             mac: state.mac,
+            readable: tap.is_some(),
             tap,
             epoll,
             requeue,
             config: ConfigSpace::read_only(config),
             counters: Arc::default(),
             features: state.features,
-            readable: true,
             packet: Vec::new(),
             held: 0,
         })
@@ -120,7 +125,8 @@ impl Net {
         let (tap, counters) = (&self.tap, &self.counters);
         self.requeue.drain(queues, TRANSMIT, |chain| {
             // A full or lowered interface loses packets, as a wire does.
-            let sent = is_plausible_length(chain.readable.len()) && chain.readable.write_packet(tap).is_ok();
+            let sent = is_plausible_length(chain.readable.len())
+                && tap.as_ref().is_some_and(|tap| chain.readable.write_packet(tap).is_ok());
             if !sent {
                 counters.transmit_dropped.fetch_add(1, Ordering::Relaxed);
             }
@@ -152,12 +158,10 @@ impl Net {
 
     /// Takes a packet from the tap; false if there is none.
     fn read_packet(&mut self) -> bool {
-        if !self.readable {
-            return false;
-        }
+        let Some(tap) = self.tap.as_ref().filter(|_| self.readable) else { return false };
         self.packet.resize(LARGEST_PACKET, 0);
         loop {
-            match rustix::io::read(&self.tap, &mut self.packet[..]) {
+            match rustix::io::read(tap, &mut self.packet[..]) {
                 Ok(len) if is_plausible_length(len) => {
                     self.held = len;
                     return true;
@@ -240,13 +244,13 @@ impl VirtioDevice for Net {
     fn activate(&mut self, features: u64) {
         self.features = Some(features);
         // The tap took the same call with no offloads before; without them it makes smaller packets.
-        let _ = tap::set_offloads(&self.tap, features);
+        let _ = self.tap.as_ref().map(|tap| tap::set_offloads(tap, features));
     }
 
     fn reset(&mut self) {
         self.features = None;
         self.held = 0;
-        let _ = tap::set_offloads(&self.tap, 0);
+        let _ = self.tap.as_ref().map(|tap| tap::set_offloads(tap, 0));
     }
 
     fn process_queue(&mut self, queue: usize, queues: &mut QueueSet<'_>) {

@@ -273,6 +273,23 @@ fn nonsense_from_the_guest_is_dropped_and_counted() {
 }
 
 #[test]
+fn a_copy_without_a_tap_goes_on_and_loses_its_packets() {
+    let Some(mut wire) = wire() else { return };
+    let source = start(&mut wire, ALL_FEATURES, 4, 2048);
+    let mut counters = None;
+    let copying = source.copy(|state| {
+        let DeviceState::Net(state) = state else { panic!("a network device saved {state:?}") };
+        let device = Net::restore(state, None).unwrap();
+        counters = Some(device.counters());
+        Box::new(device)
+    });
+    let mut copy = copying.unwrap();
+    transmit(&mut copy, &frame([0xff; 6], MAC, 100, 6));
+    assert!(!copy.poll() || copy.take_used(0).is_empty(), "nothing arrives");
+    assert_eq!(counters.unwrap().transmit_dropped.load(Ordering::Relaxed), 1);
+}
+
+#[test]
 fn a_copy_goes_on_with_a_tap_of_its_own() {
     let (Some(mut first), Some(mut second)) = (wire(), wire()) else { return };
     assert_ne!(first.index, second.index);
@@ -282,7 +299,7 @@ fn a_copy_goes_on_with_a_tap_of_its_own() {
         .copy(|state| {
             let DeviceState::Net(state) = state else { panic!("a network device saved {state:?}") };
             assert_eq!(*state, NetState { mac: MAC, features: Some(source.features) });
-            Box::new(Net::restore(state, tap).unwrap())
+            Box::new(Net::restore(state, Some(tap)).unwrap())
         })
         .unwrap();
     let inward = frame(MAC, [2, 0, 0, 0, 0, 9], 100, 5);

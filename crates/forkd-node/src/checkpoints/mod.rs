@@ -20,12 +20,14 @@ mod recovery;
 mod spill;
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use forkd_proto::monitor::Command;
 use forkd_types::rest::{CheckpointInfo, CheckpointRequest, EventKind, RewindRequest};
-use forkd_types::{ByteSize, PageCount, SandboxId, StageTimings};
+use forkd_types::{PageCount, SandboxId, StageTimings};
 
+use crate::allotment::Allotment;
 use crate::birth::{self, Parent, Parts, Stopwatch};
 use crate::branch::Brancher;
 use crate::control::expect_event;
@@ -33,7 +35,8 @@ use crate::error::{NodeError, NodeResult, with_causes};
 use crate::events::News;
 use crate::frozen::{Frozen, Lifetime};
 use crate::host::{Host, Traces, unix_now};
-use crate::sandbox::{Roster, Running, Sandbox};
+use crate::limits;
+use crate::sandbox::{Roster, Running, Sandbox, discard};
 use crate::zygotes::ZygoteKey;
 use line::{Checkpoint, Held, Line};
 
@@ -260,8 +263,17 @@ impl Checkpoints {
         let parent = self.parent(point).await?;
         // Gone again when this fails, or when its files have taken the sandbox's names.
         let traces = Traces::of(&self.host, rewinding_name(id));
-        let limit = sandbox.origin.memory_limit_mib.map(|mib| ByteSize(mib.saturating_mul(1 << 20)));
-        let parts = Parts::make(&self.host, traces.name(), point.disks, limit).map_err(|error| with_causes(&error))?;
+        let (limits, name) = (&sandbox.origin.limits, group_name(id));
+        let promise = self.host.admission.promise(limits::memory(limits));
+        let allotment = Allotment::make(&self.host.groups, &name, limits, promise);
+        let network = match sandbox.machine().and_then(|machine| machine.network.clone()) {
+            // Until the machine before has ended, a packet reaches one or the other.
+            Some(network) => Some(network),
+            None => parent.network(&self.host, id.as_str(), false).await?,
+        };
+        let parts =
+            allotment.and_then(|allotment| Parts::make(&self.host, traces.name(), point.disks, allotment, network));
+        let parts = parts.map_err(|error| with_causes(&error))?;
         let mut stages = StageTimings::default();
         let mut watch = Stopwatch::start(&mut stages);
         let (name, host) = (traces.name().to_owned(), Arc::clone(&self.host));
@@ -270,8 +282,9 @@ impl Checkpoints {
             let key = forked.process.key();
             // Until it is the sandbox's own, a restarted daemon ends it.
             host.database.note_helper(key, name);
-            let running = Running { control: forked.control, process: forked.process };
-            Ok::<_, String>((Rising(Some(running)), forked.running))
+            let birth::Forked { control, process, allotment, network, running: answer, .. } = forked;
+            let running = Running { control, process, allotment, network };
+            Ok::<_, String>((Rising(Some(running)), answer))
         });
         let (mut rising, answer) = forking.await.map_err(|error| format!("it was interrupted: {error}"))??;
         let risen = rising.0.as_ref().expect("it is taken below");
@@ -296,12 +309,19 @@ struct Rising(Option<Running>);
 impl Drop for Rising {
     fn drop(&mut self) {
         if let Some(running) = self.0.take() {
-            running.process.kill();
+            discard(Arc::new(running));
         }
     }
 }
 
-/// What a machine is called until it is the sandbox's own. Its control group keeps the name.
-pub(crate) fn rewinding_name(id: &SandboxId) -> String {
+/// What a machine is called until it is the sandbox's own.
+fn rewinding_name(id: &SandboxId) -> String {
     format!("{id}-rewinding")
+}
+
+/// What the control group of a machine that a sandbox is rewound to is called: that of the one before may be there
+/// still.
+fn group_name(id: &SandboxId) -> String {
+    static SERIAL: AtomicU64 = AtomicU64::new(0);
+    format!("{id}-{:08x}-{:x}", unix_now(), SERIAL.fetch_add(1, Ordering::Relaxed))
 }

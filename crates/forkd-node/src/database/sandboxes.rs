@@ -1,10 +1,11 @@
 //! The sandboxes on record.
 
-use forkd_types::rest::OnTimeout;
+use forkd_types::rest::{EndCode, OnTimeout, SandboxLimits};
 use forkd_types::{Digest, SandboxId, Tag};
 use rusqlite::{Row, params};
 
 use super::{Database, DatabaseError, checkpoints, note_ending};
+use crate::lifecycle::End;
 use crate::process::ProcessKey;
 
 /// Where a recorded sandbox is in its life; see [`crate::sandbox`].
@@ -16,8 +17,8 @@ pub(crate) enum RecordState {
     Running,
     /// Its monitor ended by itself.
     Stopped {
-        /// Why.
-        reason: String,
+        /// How.
+        end: End,
         /// When.
         at_unix: u64,
     },
@@ -47,7 +48,8 @@ pub(crate) struct Origin {
     /// The sandbox it is a copy of.
     pub(crate) forked_from: Option<SandboxId>,
     pub(crate) created_at_unix: u64,
-    pub(crate) memory_limit_mib: Option<u64>,
+    /// What it may take of the host.
+    pub(crate) limits: SandboxLimits,
     pub(crate) disks: usize,
     /// What it changes, if that is not the snapshot itself: a checkpoint on disk.
     pub(crate) base: Option<Base>,
@@ -131,12 +133,13 @@ impl Database {
             )?;
             let mut insert = db.prepare_cached(
                 "INSERT INTO sandbox (id, snapshot_tag, snapshot_digest, forked_from, state, created_at_unix,
-                                      memory_limit_mib, disks, base_tag, base_digest, auto_checkpoint,
+                                      limits, disks, base_tag, base_digest, auto_checkpoint,
                                       expires_at_unix, on_timeout)
                  VALUES (?1, ?2, ?3, ?4, 'starting', ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)",
             )?;
             let (expires_at, on_timeout) = Expiry::columns(expiry);
             let (base_tag, base_digest) = Base::columns(origin.base.as_ref());
+            let limits = limits_column(&origin.limits);
             (first..first + u64::from(count))
                 .map(|sequence| {
                     let id = SandboxId::new(origin.created_at_unix, sequence);
@@ -146,7 +149,7 @@ impl Database {
                         origin.snapshot_digest.map(|digest| digest.to_string()),
                         origin.forked_from.as_ref().map(SandboxId::as_str),
                         origin.created_at_unix,
-                        origin.memory_limit_mib,
+                        limits,
                         origin.disks,
                         base_tag,
                         base_digest,
@@ -212,15 +215,15 @@ impl Database {
         &self,
         id: SandboxId,
         process: ProcessKey,
-        reason: String,
+        end: End,
         at_unix: u64,
     ) -> Result<(), DatabaseError> {
         self.call("record a suspended sandbox", move |db| {
             note_ending(db, &id, process)?;
             db.execute(
-                "UPDATE sandbox SET state = 'stopped', reason = ?2, stopped_at_unix = ?3, pid = NULL,
+                "UPDATE sandbox SET state = 'stopped', reason = ?2, stopped_at_unix = ?3, end_code = ?4, pid = NULL,
                                     pid_started = NULL, expires_at_unix = NULL, on_timeout = NULL WHERE id = ?1",
-                params![id.as_str(), reason, at_unix],
+                params![id.as_str(), end.reason, at_unix, end.code.name()],
             )
             .map(drop)
         })
@@ -228,13 +231,13 @@ impl Database {
     }
 
     /// Marks a sandbox as stopped by itself; does not wait.
-    pub(crate) fn stopped(&self, id: SandboxId, reason: String, at_unix: u64) {
+    pub(crate) fn stopped(&self, id: SandboxId, end: End, at_unix: u64) {
         self.post("record a stopped sandbox", move |db| {
             db.prepare_cached(
-                "UPDATE sandbox SET state = 'stopped', reason = ?2, stopped_at_unix = ?3, pid = NULL, pid_started = NULL
-                 WHERE id = ?1",
+                "UPDATE sandbox SET state = 'stopped', reason = ?2, stopped_at_unix = ?3, end_code = ?4, pid = NULL,
+                                    pid_started = NULL WHERE id = ?1",
             )?
-            .execute(params![id.as_str(), reason, at_unix])
+            .execute(params![id.as_str(), end.reason, at_unix, end.code.name()])
         });
     }
 
@@ -274,6 +277,23 @@ impl Database {
     }
 }
 
+/// What a column holds of limits.
+fn limits_column(limits: &SandboxLimits) -> Option<String> {
+    let text = || serde_json::to_string(limits).expect("plain data can be written");
+    (!limits.is_empty()).then(text)
+}
+
+fn limits_from(row: &Row<'_>) -> rusqlite::Result<Result<SandboxLimits, String>> {
+    let Some(text) = row.get::<_, Option<String>>("limits")? else { return Ok(Ok(SandboxLimits::default())) };
+    Ok(serde_json::from_str(&text).map_err(|error| format!("limits {text:?} that make no sense: {error}")))
+}
+
+/// One that is not known is an earlier release's.
+fn code_from(row: &Row<'_>) -> rusqlite::Result<EndCode> {
+    let name: Option<String> = row.get("end_code")?;
+    Ok(name.and_then(|name| EndCode::named(&name)).unwrap_or(EndCode::Lost))
+}
+
 /// The outer error is SQLite's, the inner one says which stored value makes no sense.
 fn record_from(row: &Row<'_>) -> rusqlite::Result<Result<Record, String>> {
     let id: String = row.get("id")?;
@@ -282,7 +302,7 @@ fn record_from(row: &Row<'_>) -> rusqlite::Result<Result<Record, String>> {
     let state = match state.as_str() {
         "running" => RecordState::Running,
         "stopped" => RecordState::Stopped {
-            reason: row.get::<_, Option<String>>("reason")?.unwrap_or_default(),
+            end: End { code: code_from(row)?, reason: row.get::<_, Option<String>>("reason")?.unwrap_or_default() },
             at_unix: row.get::<_, Option<u64>>("stopped_at_unix")?.unwrap_or_default(),
         },
         _ => RecordState::Starting,
@@ -301,7 +321,10 @@ fn record_from(row: &Row<'_>) -> rusqlite::Result<Result<Record, String>> {
         snapshot_digest: optional("snapshot_digest")?.and_then(|text| text.parse().ok()),
         forked_from: optional("forked_from")?.and_then(|text| text.parse().ok()),
         created_at_unix: row.get("created_at_unix")?,
-        memory_limit_mib: row.get("memory_limit_mib")?,
+        limits: match limits_from(row)? {
+            Ok(limits) => limits,
+            Err(what) => return Ok(Err(format!("sandbox {id} has {what}"))),
+        },
         disks: row.get("disks")?,
         base: checkpoints::base_from(row, "base_tag", "base_digest")?,
         auto_checkpoint: row.get("auto_checkpoint")?,
@@ -319,7 +342,7 @@ pub(super) fn origin(at: u64) -> Origin {
         snapshot_digest: Some(Digest::from_bytes([7; 32])),
         forked_from: Some(SandboxId::new(1, 1)),
         created_at_unix: at,
-        memory_limit_mib: Some(256),
+        limits: SandboxLimits { memory_mib: Some(256), disk_mib: Some(7), ..SandboxLimits::default() },
         disks: 1,
         base: Some(Base { tag: "cp".parse().expect("legal tag"), digest: Digest::from_bytes([8; 32]) }),
         auto_checkpoint: true,
@@ -353,7 +376,8 @@ mod tests {
         let process = ProcessKey { pid: 41, started: 4_000_000_000 };
         db.note_process(ids[2].clone(), process);
         db.running(vec![(ids[0].clone(), process), (ids[1].clone(), process)]).await.expect("running");
-        db.stopped(ids[1].clone(), "was struck".to_owned(), 9);
+        let struck = End { code: EndCode::Oom, reason: "was struck".to_owned() };
+        db.stopped(ids[1].clone(), struck.clone(), 9);
         let branches = Branches { count: 2, last: Some("/s/b/memory.layer".to_owned()) };
         db.note_branches(ids[0].clone(), branches.clone());
         drop(db);
@@ -363,7 +387,7 @@ mod tests {
             records.iter().map(|r| (r.state.clone(), r.process)).collect::<Vec<_>>(),
             [
                 (RecordState::Running, Some(process)),
-                (RecordState::Stopped { reason: "was struck".to_owned(), at_unix: 9 }, None),
+                (RecordState::Stopped { end: struck, at_unix: 9 }, None),
                 (RecordState::Starting, Some(process)),
             ]
         );
@@ -371,11 +395,11 @@ mod tests {
         assert_eq!(records[1].branches, Branches::default());
         assert!(records.iter().all(|record| record.expiry == Some(EXPIRY)));
         db.note_expiry(ids[0].clone(), None).await.expect("note");
-        let reason = "was suspended".to_owned();
-        db.stopping(ids[1].clone(), process, reason.clone(), 11).await.expect("note");
+        let end = End { code: EndCode::Suspended, reason: "was suspended".to_owned() };
+        db.stopping(ids[1].clone(), process, end.clone(), 11).await.expect("note");
         let records = db.sandboxes().await.expect("read");
         assert_eq!((records[0].expiry, records[1].expiry), (None, None));
-        assert_eq!(records[1].state, RecordState::Stopped { reason, at_unix: 11 });
+        assert_eq!(records[1].state, RecordState::Stopped { end, at_unix: 11 });
         assert_eq!(db.helpers().await.expect("read"), [(process, ids[1].to_string())], "it is ended at the next start");
         db.forget(ids);
         assert!(db.sandboxes().await.expect("read").is_empty());

@@ -7,7 +7,7 @@ use rusqlite::Connection;
 use super::DatabaseError;
 
 /// The schema version that this code writes.
-pub(super) const CURRENT: u32 = 5;
+pub(super) const CURRENT: u32 = 6;
 
 /// Step N brings a database of version N to version N + 1.
 const MIGRATIONS: [&str; CURRENT as usize] = [
@@ -103,6 +103,13 @@ CREATE TABLE answer (
 ) STRICT;
 CREATE INDEX answer_age ON answer (created_at_unix);
 ",
+    "
+-- As JSON, all of them; the memory limit was a column of its own.
+ALTER TABLE sandbox ADD COLUMN limits TEXT;
+UPDATE sandbox SET limits = json_object('memory_mib', memory_limit_mib) WHERE memory_limit_mib IS NOT NULL;
+ALTER TABLE sandbox DROP COLUMN memory_limit_mib;
+ALTER TABLE sandbox ADD COLUMN end_code TEXT;
+",
 ];
 
 /// Brings the schema up to date.
@@ -170,6 +177,7 @@ mod tests {
         let records = db.sandboxes().await.expect("read");
         assert_eq!((records.len(), records[0].expiry, records[0].origin.auto_checkpoint), (1, None, true));
         assert_eq!(records[0].process, Some(ProcessKey { pid: 12, started: 34 }));
+        assert_eq!(records[0].origin.limits.memory_mib, Some(64), "the limit is among the others now");
         assert_eq!(db.checkpoints().await.expect("read")[0].name, "cp-1");
         assert!(db.workspaces().await.expect("read").is_empty());
         assert_eq!(db.begin(origin(7), None, 1).await.expect("begin")[0].as_str(), "sb-7-0001");

@@ -178,7 +178,7 @@ mod tests {
             snapshot_digest: None,
             forked_from: None,
             created_at_unix: 7,
-            memory_limit_mib: Some(64),
+            limits: Default::default(),
             disks: 1,
             base: None,
             auto_checkpoint: false,

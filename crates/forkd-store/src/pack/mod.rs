@@ -5,7 +5,7 @@
 //! zstd frame      manifest.sig                    only in a signed pack: ed25519 over manifest.json
 //! zstd frame      snapshots/<tag>/snapshot.json   all descriptions, the base's first
 //!                 snapshots/<tag>/vmstate …       state and layers, snapshot by snapshot
-//!                 blobs/<64 hex digits>           kernels, initramfs images, root disks, once each
+//!                 blobs/<64 hex digits>           kernels, initramfs images, disks, once each
 //! ```
 //!
 //! One after the other the frames are a tar archive that GNU tar reads. Layers and blobs are sparse

@@ -112,6 +112,7 @@ fn publish_content(store: &Store, name: &str, content: Content, parent: Option<&
         memory_pages: memory.pages.0,
         memory_zero_pages: 0,
         disks: vec![(disk.digest, disk.pages.0)],
+        disk_numbers: vec![0],
         disk_zero_blocks: vec![0],
         stored_bytes: 0,
     };

@@ -51,6 +51,7 @@ pub fn written(store: &Store, staged: &StagedSnapshot, content: &[u8]) -> io::Re
         memory_pages: 1,
         memory_zero_pages: 0,
         disks: vec![(digest(b"blocks"), 1)],
+        disk_numbers: vec![0],
         disk_zero_blocks: vec![0],
         stored_bytes: 0,
     };

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::SnapshotInfo;
-use crate::StageTimings;
+use crate::{MountPoint, StageTimings, VolumePolicy};
 
 /// `POST /v1/bakes`: boot a root disk, warm it, snapshot it. Answered by a stream of [`BakeEvent`],
 /// one JSON object a line.
@@ -36,9 +36,25 @@ pub struct BakeRequest {
     /// Kernel command line added to the built-in one.
     #[serde(default)]
     pub kernel_args: Option<String>,
+    /// Disks besides the root disk; the first is the guest's `/dev/vdb`. At most 24.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub volumes: Vec<BakeVolume>,
     /// Replace a snapshot of the same tag.
     #[serde(default)]
     pub replace: bool,
+}
+
+/// A disk besides the root disk.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct BakeVolume {
+    /// Digest of an uploaded image, a whole number of 512 byte sectors. One of an ext4 file system is mounted.
+    pub image: String,
+    /// Where: an absolute path, made if it is not there.
+    pub path: MountPoint,
+    /// What copies of the guest have of it.
+    #[serde(default)]
+    pub policy: VolumePolicy,
 }
 
 fn default_memory() -> u64 {

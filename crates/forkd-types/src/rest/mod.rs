@@ -13,6 +13,7 @@ mod discovery;
 mod events;
 mod exec_stream;
 mod files;
+mod limits;
 mod packs;
 mod sandboxes;
 mod snapshots;
@@ -21,7 +22,7 @@ mod usage;
 mod workspaces;
 
 pub use agent::{EvalRequest, EvalResponse, ExecRequest, ExecResponse, PingAnswer};
-pub use bakes::{BakeEvent, BakeRequest, WarmStep};
+pub use bakes::{BakeEvent, BakeRequest, BakeVolume, WarmStep};
 pub use blobs::BlobInfo;
 pub use branching::{BranchMode, BranchRequest};
 pub use checkpoints::{CheckpointInfo, CheckpointPlace, CheckpointRequest, RewindRequest};
@@ -32,15 +33,16 @@ pub use exec_stream::{
     SignalName,
 };
 pub use files::{FileEntry, FileEvent, FileEventKind, FileKind, MakeDirectoryRequest, MoveFileRequest, WrittenFile};
+pub use limits::{Cpus, EndCode, SandboxLimits};
 pub use packs::{UnpackFate, UnpackReport, UnpackedSnapshot};
 pub use sandboxes::{
     AutoCheckpoint, ForkRequest, GUEST_ADDR, LIFETIME_LIMIT_SECS, OnTimeout, SPAWN_LIMIT, SandboxInfo, SandboxMemory,
     SpawnFailure, SpawnReport, SpawnRequest, SpawnTimings, TimeoutRequest,
 };
 pub use snapshots::{
-    CompactRequest, CreateSnapshotRequest, SnapshotDetail, SnapshotInfo, SnapshotStatus, VerifyProgress,
+    CompactRequest, CreateSnapshotRequest, SnapshotDetail, SnapshotInfo, SnapshotStatus, VerifyProgress, VolumeInfo,
 };
-pub use tree::{Family, FamilyKind, FamilyMember};
+pub use tree::{Family, FamilyKind, FamilyMember, TREE_DEPTH};
 pub use usage::SandboxUsage;
 pub use workspaces::{
     CreateWorkspaceRequest, SuspendWorkspaceRequest, WORKSPACE_NAME_LIMIT, WorkspaceInfo, WorkspaceStatus,

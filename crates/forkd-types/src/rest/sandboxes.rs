@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::limits::{EndCode, SandboxLimits};
 use crate::{SandboxId, StageTimings, Tag};
 
 /// The guest agent's address as every sandbox reports it; it is the same inside each network
@@ -24,7 +25,7 @@ pub struct SpawnRequest {
     /// Give each child its own network namespace.
     #[serde(default)]
     pub per_child_netns: bool,
-    /// Memory limit of each child's monitor.
+    /// The same as `limits.memory_mib`.
     #[serde(default)]
     pub memory_limit_mib: Option<u64>,
     /// Accepted for existing clients; children need no warming.
@@ -46,6 +47,9 @@ pub struct SpawnRequest {
     /// How a child ends after `timeout_secs`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub on_timeout: Option<OnTimeout>,
+    /// What each child may take of the host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limits: Option<SandboxLimits>,
 }
 
 /// What an automatic checkpoint is taken before.
@@ -103,6 +107,7 @@ impl SpawnRequest {
             auto_checkpoint,
             timeout_secs,
             on_timeout,
+            limits: None,
         }
     }
 }
@@ -115,7 +120,7 @@ pub struct ForkRequest {
     #[serde(default = "one")]
     #[cfg_attr(feature = "openapi", schema(minimum = 1, maximum = 1000))]
     pub n: u32,
-    /// Memory limit of each copy's monitor.
+    /// The same as `limits.memory_mib`.
     #[serde(default)]
     pub memory_limit_mib: Option<u64>,
     /// End each copy by itself after this long; a copy does not inherit the lifetime of its source.
@@ -125,12 +130,15 @@ pub struct ForkRequest {
     /// How a copy ends after `timeout_secs`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub on_timeout: Option<OnTimeout>,
+    /// What each copy may take of the host; limits that are not named are those of the source.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limits: Option<SandboxLimits>,
 }
 
 impl ForkRequest {
     /// A request for `n` copies, with defaults for the rest.
     pub fn of(n: u32) -> Self {
-        Self { n, memory_limit_mib: None, timeout_secs: None, on_timeout: None }
+        Self { n, memory_limit_mib: None, timeout_secs: None, on_timeout: None, limits: None }
     }
 }
 
@@ -167,6 +175,12 @@ pub struct SandboxInfo {
     /// When it ends by itself; left out when it does not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expires_at_unix: Option<u64>,
+    /// How it ended, for programs; left out while it runs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stopped_code: Option<EndCode>,
+    /// What it may take of the host; left out when nothing is limited.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limits: Option<SandboxLimits>,
 }
 
 /// One child that did not come up, in a [`SpawnReport`].
@@ -251,6 +265,8 @@ mod tests {
             stopped: None,
             forked_from: None,
             expires_at_unix: None,
+            stopped_code: None,
+            limits: None,
         };
         assert_eq!(
             serde_json::to_string(&info).expect("plain data"),

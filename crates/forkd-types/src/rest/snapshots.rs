@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{StageTimings, Tag};
+use crate::{MountPoint, StageTimings, Tag, VolumePolicy};
 
 /// `POST /v1/snapshots/:tag/compact`.
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
@@ -95,6 +95,23 @@ pub struct SnapshotInfo {
     /// What the snapshot occupies on disk, its root disk not counted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stored_bytes: Option<u64>,
+    /// Its disks besides the root disk; the first is the guest's `/dev/vdb`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub volumes: Vec<VolumeInfo>,
+}
+
+/// A disk besides the root disk.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct VolumeInfo {
+    /// Where the guest has it.
+    pub path: MountPoint,
+    /// What copies of the guest have of it.
+    pub policy: VolumePolicy,
+    /// Digest of the image that it began as.
+    pub image: String,
+    /// Its size as the guest sees it.
+    pub bytes: u64,
 }
 
 /// `GET /v1/snapshots/:tag/info`. Absent optional fields are left out.
@@ -196,6 +213,7 @@ mod tests {
             bootable: true,
             memory_bytes: None,
             stored_bytes: None,
+            volumes: Vec::new(),
         };
         assert_eq!(
             serde_json::to_string(&info).expect("plain data"),

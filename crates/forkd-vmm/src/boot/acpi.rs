@@ -20,8 +20,9 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::BootError;
 use crate::address_map::{
-    ACPI_TABLES, ACPI_TABLES_END, EVENT_GSI, GENERATION_ID, IO_APIC, LOCAL_APIC, MMIO_SIZE, PANIC_PORT, RESET_PORT,
-    RESET_VALUE, SERIAL_GSI, SERIAL_PORT, SERIAL_PORTS, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT, device_gsi, mmio_window,
+    ACPI_TABLES, ACPI_TABLES_END, EVENT_GSI, GENERATION_ID, IO_APIC, LOCAL_APIC, MMIO_SIZE, OWN_LINES, PANIC_PORT,
+    RESET_PORT, RESET_VALUE, SERIAL_GSI, SERIAL_PORT, SERIAL_PORTS, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT, device_gsi,
+    mmio_window,
 };
 
 const OEM: [u8; 6] = *b"FORKD ";
@@ -131,7 +132,7 @@ fn virtio(slot: usize, body: &mut Vec<u8>) {
                 "_CRS".into(),
                 &ResourceTemplate::new(vec![
                     &Memory32Fixed::new(true, mmio_window(slot) as u32, MMIO_SIZE as u32),
-                    &Interrupt::new(true, true, false, false, device_gsi(slot)),
+                    &Interrupt::new(true, true, false, slot >= OWN_LINES, device_gsi(slot)),
                 ]),
             ),
         ],

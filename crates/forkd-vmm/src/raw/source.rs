@@ -199,7 +199,7 @@ impl Source {
         let own_overlay = Private::new(&self.scratch)?.overlay;
         let (mut console, console_end) = io::pipe()?;
         let roles = [Role::Control, Role::VsockListener, Role::Console, Role::DiskOverlay, Role::DiskOverlay];
-        let command = Command::Fork { fds: roles.to_vec(), name: "raw-branch".to_owned() };
+        let command = Command::Fork { fds: roles.to_vec(), name: "raw-branch".to_owned(), disk_bytes: None };
         let fds = [theirs.as_fd(), vsock.as_fd(), console_end.as_fd(), overlay.as_fd(), own_overlay.as_fd()];
         let start = Instant::now();
         monitor::send(&self.control, &command, &fds)?;

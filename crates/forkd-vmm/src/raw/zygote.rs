@@ -112,7 +112,8 @@ impl RawZygote {
         // Answers are read in between: two full sockets would wait for each other for ever.
         for (wave, copies) in theirs.chunks(WAVE).enumerate() {
             for (index, (control, private)) in copies.iter().enumerate() {
-                let command = Command::Fork { fds: roles.to_vec(), name: format!("raw-{}", wave * WAVE + index) };
+                let name = format!("raw-{}", wave * WAVE + index);
+                let command = Command::Fork { fds: roles.to_vec(), name, disk_bytes: None };
                 let fds = [control.as_fd(), private.vsock.as_fd(), console_end.as_fd(), private.overlay.as_fd()];
                 monitor::send(&self.control, &command, &fds)?;
             }
@@ -158,7 +159,7 @@ fn hold_snapshot(roles: &[Role], fds: Vec<OwnedFd>, control: OwnedFd) -> i32 {
         }
     };
     let config = &seed.state.config;
-    let ready = Event::Ready { vcpus: config.vcpus, memory_bytes: config.memory_bytes, warnings };
+    let ready = Event::Ready { vcpus: config.vcpus, memory_bytes: config.memory_bytes, warnings, network: false };
     if monitor::send(&control, &ready, &[]).is_ok() {
         zygote::serve(&seed, &control);
     }
@@ -176,7 +177,7 @@ fn hold(memory: std::fs::File, memory_bytes: u64, private: Private, control: Own
             // A process of one thread, as a launched zygote is: the booted machine's stay behind.
             match fork::fork() {
                 Ok(Side::Child) => {
-                    let ready = Event::Ready { vcpus: 1, memory_bytes, warnings: Vec::new() };
+                    let ready = Event::Ready { vcpus: 1, memory_bytes, warnings: Vec::new(), network: false };
                     if monitor::send(&control, &ready, &[]).is_ok() {
                         zygote::serve(&seed, &control);
                     }

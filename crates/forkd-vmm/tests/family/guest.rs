@@ -1,9 +1,9 @@
-//! A guest that writes to its memory and its disk what it is told to, and a model of it.
+//! A guest that writes to its memory and its disks what it is told to, and a model of it.
 //!
-//! The guest drives the vsock and the block device itself. The host tells it something by asking for a
-//! connection: the port is the message. [`ASK`] makes it print how many steps it has done; any other number
-//! is the seed of a step: 8 to 23 writes, drawn from a generator that [`Model`] has too. So the whole content
-//! of a guest follows from the seeds that it was given.
+//! The guest drives the vsock and two block devices itself; between the two there is one that it does not touch. The
+//! host tells it something by asking for a connection: the port is the message. [`ASK`] makes it print how many
+//! steps it has done; any other number is the seed of a step: 8 to 23 writes, drawn from a generator that [`Model`]
+//! has too. So the whole content of a guest follows from the seeds that it was given.
 
 // The guest's program is assembled into this one, as data that is never run here.
 #![allow(unsafe_code)]
@@ -16,8 +16,12 @@ pub(crate) const MEMORY: u64 = 128 << 20;
 pub(crate) const WINDOW: u64 = 0x20_0000;
 /// How large it is.
 pub(crate) const WINDOW_BYTES: usize = 1 << 20;
-/// Size of the disk; not a whole number of blocks, and less than steps try to reach.
+/// Size of each disk that it writes to; not a whole number of blocks, and less than steps try to reach.
 pub(crate) const DISK_BYTES: usize = (8 << 20) - 1024;
+/// Which disks those are.
+pub(crate) const WRITTEN: [usize; 2] = [0, 2];
+/// How many there are.
+pub(crate) const DISKS: usize = 3;
 /// The message that asks how many steps were done.
 pub(crate) const ASK: u32 = 1;
 
@@ -37,12 +41,13 @@ const HANDLER: u64 = 0x10_0800;
 const VECTOR: u64 = 0x30;
 /// Descriptors, available and used ring of a queue are this far apart.
 const RING: u64 = 0x800;
-/// The queues: vsock receive, transmit and event, block requests.
-const QUEUES: [Queue; 4] = [
+/// The queues: vsock receive, transmit and event, block requests of the first disk and of the other.
+const QUEUES: [Queue; 5] = [
     Queue { slot: 0, index: 0, size: 64, descriptors: 0x10_4000 },
     Queue { slot: 0, index: 1, size: 8, descriptors: 0x10_6000 },
     Queue { slot: 0, index: 2, size: 8, descriptors: 0x10_8000 },
     Queue { slot: 3, index: 0, size: 8, descriptors: 0x10_a000 },
+    Queue { slot: 5, index: 0, size: 8, descriptors: 0x11_6000 },
 ];
 const RECEIVE_BUFFERS: u64 = 0x11_0000;
 const EVENT_BUFFERS: u64 = 0x10_e000;
@@ -56,7 +61,8 @@ struct Queue {
     descriptors: u64,
 }
 
-// What is at which address is said above. Registers: %ebx is the generator, %ebp counts the writes of a step.
+// What is at which address is said above. Registers: %ebx is the generator, %ebp counts the writes of a step, %esi is
+// 0 or 1 for the disk, %edx how far its queue is behind the first one's.
 core::arch::global_asm!(
     r#"
     .pushsection .rodata.family_guest, "a"
@@ -193,9 +199,17 @@ page:
     cld
     rep stosl
     jmp written
+disk:                           /* which, from the lowest bit of %esi */
+    andl $1, %esi
+    leal (%esi,%esi,2), %edx
+    shll $14, %edx
+    ret
 sector:
     call next
+    movl %eax, %esi
+    shrl $14, %esi
     andl $0x3fff, %eax
+    call disk
     movl $1, 0x10c000           /* write */
     movl %eax, 0x10c008
     call next
@@ -203,11 +217,14 @@ sector:
     movl $128, %ecx
     cld
     rep stosl
-    movl $512, 0x10a018
+    movl $512, 0x10a018(%edx)
     call submit
     jmp written
 zeroes:
     call next
+    movl %eax, %esi
+    shrl $15, %esi
+    call disk
     movl %eax, %ecx
     shrl $1, %ecx
     andl $0x3fff, %ecx
@@ -231,18 +248,19 @@ segment:
     movl $0, 0x10d004
     movl %eax, 0x10d008
     movl $0, 0x10d00c
-    movl $16, 0x10a018
+    movl $16, 0x10a018(%edx)
     call submit
     jmp written
 submit:
-    movzwl 0x10a802, %ecx
+    movzwl 0x10a802(%edx), %ecx
     movl %ecx, %eax
     andl $7, %eax
-    movw $0, 0x10a804(,%eax,2)
+    movw $0, 0x10a804(%edx,%eax,2)
     incl %ecx
-    movw %cx, 0x10a802
-    movl $0, 0xd0003050
-1:  movw 0x10b002, %ax
+    movw %cx, 0x10a802(%edx)
+    shll $13, %esi
+    movl $0, 0xd0003050(%esi)
+1:  movw 0x10b002(%edx), %ax
     cmpw %cx, %ax
     jne 1b
     ret
@@ -336,9 +354,11 @@ fn image() -> Vec<u8> {
     for index in 0..8 {
         descriptor(&QUEUES[2], index, EVENT_BUFFERS + index * 8, 8, WRITE, 0);
     }
-    descriptor(&QUEUES[3], 0, REQUEST[0], 16, NEXT, 1);
-    descriptor(&QUEUES[3], 1, REQUEST[2], 512, NEXT, 2);
-    descriptor(&QUEUES[3], 2, REQUEST[1], 1, WRITE, 0);
+    for queue in &QUEUES[3..] {
+        descriptor(queue, 0, REQUEST[0], 16, NEXT, 1);
+        descriptor(queue, 1, REQUEST[2], 512, NEXT, 2);
+        descriptor(queue, 2, REQUEST[1], 1, WRITE, 0);
+    }
     for queue in [&QUEUES[0], &QUEUES[2]] {
         let available = queue.descriptors + RING;
         put(available + 2, &(queue.size as u16).to_le_bytes());
@@ -347,7 +367,7 @@ fn image() -> Vec<u8> {
     image
 }
 
-/// Interrupt routing, and both devices brought to DRIVER_OK (virtio 1.2, 3.1.1 and 4.2.2).
+/// Interrupt routing, and the devices brought to DRIVER_OK (virtio 1.2, 3.1.1 and 4.2.2).
 fn stores() -> Vec<[u32; 2]> {
     const LOCAL_APIC: u32 = 0xfee0_0000;
     const IO_APIC: u32 = 0xfec0_0000;
@@ -360,8 +380,8 @@ fn stores() -> Vec<[u32; 2]> {
         [IO_APIC, ENTRY],
         [IO_APIC + 0x10, VECTOR as u32],
     ];
-    // Discard and write zeroes, for the disk; version 1, for both.
-    for (slot, low_features) in [(0, 0), (3, 1 << 13 | 1 << 14)] {
+    // Discard and write zeroes, for the disks; version 1, for all.
+    for (slot, low_features) in [(0, 0), (3, 1 << 13 | 1 << 14), (5, 1 << 13 | 1 << 14)] {
         let registers = 0xd000_0000 + slot * 0x1000;
         let mut set = |register: u32, value: u32| stores.push([registers + register, value]);
         set(0x70, 1);
@@ -385,24 +405,24 @@ fn stores() -> Vec<[u32; 2]> {
     stores
 }
 
-/// What the disk holds before the first step.
-pub(crate) fn disk_image() -> Vec<u8> {
+/// What disk `number` holds before the first step.
+pub(crate) fn disk_image(number: usize) -> Vec<u8> {
     let mut image = vec![0; 1 << 20];
-    blake3::Hasher::new().update(b"disk").finalize_xof().fill(&mut image);
+    blake3::Hasher::new().update(format!("disk {number}").as_bytes()).finalize_xof().fill(&mut image);
     image
 }
 
-/// What memory and disk of a guest hold, as the seeds that it was given, newest last.
+/// What memory and disks of a guest hold, as the seeds that it was given, newest last.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Model {
     seeds: Arc<Vec<u32>>,
 }
 
-/// The part of memory that steps write to, and the disk.
+/// The part of memory that steps write to, and the disks that they write to.
 #[derive(Clone, PartialEq, Eq)]
 pub(crate) struct Content {
     pub(crate) window: Vec<u8>,
-    pub(crate) disk: Vec<u8>,
+    pub(crate) disks: [Vec<u8>; 2],
 }
 
 impl Model {
@@ -423,9 +443,12 @@ impl Model {
 
     /// What the guest holds now.
     pub(crate) fn content(&self) -> Content {
-        let mut disk = disk_image();
-        disk.resize(DISK_BYTES, 0);
-        let mut content = Content { window: vec![0; WINDOW_BYTES], disk };
+        let disks = WRITTEN.map(|number| {
+            let mut disk = disk_image(number);
+            disk.resize(DISK_BYTES, 0);
+            disk
+        });
+        let mut content = Content { window: vec![0; WINDOW_BYTES], disks };
         for &seed in self.seeds.iter() {
             content.step(seed);
         }
@@ -455,9 +478,10 @@ impl Content {
                     fill(&mut self.window[at..at + PAGE], word);
                 }
                 12..15 => {
-                    let at = (next() & 0x3fff) as usize * SECTOR;
+                    let random = next();
+                    let at = (random & 0x3fff) as usize * SECTOR;
                     let word = next();
-                    if let Some(sector) = self.disk.get_mut(at..at + SECTOR) {
+                    if let Some(sector) = self.disks[(random >> 14 & 1) as usize].get_mut(at..at + SECTOR) {
                         fill(sector, word);
                     }
                 }
@@ -468,8 +492,9 @@ impl Content {
                         1 => (first, 1 + (next() & 31) as usize),
                         _ => (first & !7, 8 * (1 + (next() & 3) as usize)),
                     };
+                    let disk = &mut self.disks[(random >> 15 & 1) as usize];
                     // A range that is not on the disk is refused as a whole.
-                    if let Some(sectors) = self.disk.get_mut(first * SECTOR..(first + count) * SECTOR) {
+                    if let Some(sectors) = disk.get_mut(first * SECTOR..(first + count) * SECTOR) {
                         sectors.fill(0);
                     }
                 }
@@ -479,7 +504,12 @@ impl Content {
 
     /// Where two contents differ, in words.
     pub(crate) fn difference(&self, expected: &Self) -> String {
-        let parts = [("memory", WINDOW, &self.window, &expected.window), ("disk", 0, &self.disk, &expected.disk)];
+        let [first, other] = &self.disks;
+        let parts = [
+            ("memory", WINDOW, &self.window, &expected.window),
+            ("the first disk", 0, first, &expected.disks[0]),
+            ("the other disk", 0, other, &expected.disks[1]),
+        ];
         let differences = parts.into_iter().filter_map(|(what, start, found, expected)| {
             let differ = || (0..found.len()).filter(|&at| found[at] != expected[at]);
             let at = differ().next()?;

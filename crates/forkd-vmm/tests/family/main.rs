@@ -1,4 +1,4 @@
-//! Correctness of the whole family: random writes to memory and disk across a random tree of forks,
+//! Correctness of the whole family: random writes to memory and disks across a random tree of forks,
 //! branches, checkpoints, rewinds, snapshots, compactions and packs, every node compared byte for byte with a model.
 //!
 //! The monitors are processes of the real program, the store is the real one; the guest is a tiny one, so

@@ -50,7 +50,7 @@ struct Private {
     control: (UnixStream, UnixStream),
     console: (UnixStream, UnixStream),
     vsock: (PathBuf, UnixListener),
-    overlay: File,
+    overlays: Vec<File>,
 }
 
 impl Room {
@@ -58,15 +58,16 @@ impl Room {
         Self { directory: directory.to_owned(), names: std::cell::Cell::new(0) }
     }
 
-    fn scratch(&self) -> Result<File, Failure> {
-        Ok(tempfile::tempfile_in(&self.directory)?)
+    /// A scratch file for each disk that a guest writes to.
+    fn overlays(&self) -> Result<Vec<File>, Failure> {
+        guest::WRITTEN.iter().map(|_| Ok(tempfile::tempfile_in(&self.directory)?)).collect()
     }
 
     fn private(&self) -> Result<Private, Failure> {
         self.names.set(self.names.get() + 1);
         let path = self.directory.join(format!("vsock-{}", self.names.get()));
         let listener = UnixListener::bind(&path)?;
-        Ok(Private { control: control()?, console: control()?, vsock: (path, listener), overlay: self.scratch()? })
+        Ok(Private { control: control()?, console: control()?, vsock: (path, listener), overlays: self.overlays()? })
     }
 }
 
@@ -99,24 +100,36 @@ fn event(control: &UnixStream) -> Result<Event, Failure> {
     }
 }
 
-/// Boots the guest over the disk image `base`.
-pub(crate) fn boot(room: &Room, kernel: &File, base: &File) -> Result<Running, Failure> {
+/// What the base of disk `number` is to a monitor.
+fn base_role(number: usize) -> Role {
+    if guest::WRITTEN.contains(&number) { Role::DiskBase } else { Role::DiskShared }
+}
+
+/// Boots the guest over the disk images `bases`.
+pub(crate) fn boot(room: &Room, kernel: &File, bases: &[File]) -> Result<Running, Failure> {
     let private = room.private()?;
-    let Private { control, console, vsock, overlay } = private;
+    let Private { control, console, vsock, overlays } = private;
     let program = start(control.1)?;
     let config = BootConfig {
         vcpus: 1,
         memory_bytes: guest::MEMORY,
         kernel_args: String::new(),
         mac: None,
-        disks: vec![guest::DISK_BYTES as u64],
+        disks: vec![guest::DISK_BYTES as u64; guest::DISKS],
         guest_cid: 3,
     };
-    let roles = [Role::Kvm, Role::Kernel, Role::DiskBase, Role::DiskOverlay, Role::VsockListener, Role::Console];
-    let launch = Launch { fds: roles.to_vec(), name: "family".into(), action: LaunchAction::Boot(config) };
     let kvm = kvm()?;
-    let fds = [kvm.as_fd(), kernel.as_fd(), base.as_fd(), overlay.as_fd(), vsock.1.as_fd(), console.1.as_fd()];
+    let mut carried = vec![
+        (Role::Kvm, kvm.as_fd()),
+        (Role::Kernel, kernel.as_fd()),
+        (Role::VsockListener, vsock.1.as_fd()),
+        (Role::Console, console.1.as_fd()),
+    ];
+    carried.extend(bases.iter().enumerate().map(|(number, base)| (base_role(number), base.as_fd())));
+    let (roles, fds) = request(&overlays, &carried);
+    let launch = Launch { fds: roles, name: "family".into(), action: LaunchAction::Boot(config) };
     send(&control.0, &launch, &fds)?;
+    drop(fds);
     drop(console.1);
     let mut running = Running {
         control: control.0,
@@ -135,13 +148,16 @@ pub(crate) fn boot(room: &Room, kernel: &File, base: &File) -> Result<Running, F
     Ok(running)
 }
 
-/// Holds a snapshot ready whose files are those.
-pub(crate) fn zygote(vmstate: &Path, memory: &[PathBuf], base: &Path, disk: &[PathBuf]) -> Result<Still, Failure> {
+/// Holds a snapshot ready whose files are those: of each disk the base and the layers over it.
+pub(crate) fn zygote(vmstate: &Path, memory: &[PathBuf], disks: &[(PathBuf, Vec<PathBuf>)]) -> Result<Still, Failure> {
     let mut carried: Vec<(Role, File)> = vec![(Role::Kvm, kvm()?), (Role::VmState, File::open(vmstate)?)];
-    carried.push((Role::DiskBase, File::open(base)?));
-    for (role, paths) in [(Role::MemoryLayer, memory), (Role::DiskLayer, disk)] {
-        for path in paths {
-            carried.push((role, File::open(path)?));
+    for path in memory {
+        carried.push((Role::MemoryLayer, File::open(path)?));
+    }
+    for (number, (base, layers)) in disks.iter().enumerate() {
+        carried.push((base_role(number), File::open(base)?));
+        for path in layers {
+            carried.push((Role::DiskLayer, File::open(path)?));
         }
     }
     let (control, theirs) = control()?;
@@ -165,15 +181,15 @@ pub(crate) trait Source {
 
     /// A running copy. What it holds is for the caller to say.
     fn copy(&self, room: &Room) -> Result<Running, Failure> {
-        let Private { control, console, vsock, overlay } = room.private()?;
-        let own = self.own_overlays(room)?;
-        let mut roles = vec![Role::Control, Role::VsockListener, Role::Console, Role::DiskOverlay];
-        let mut fds = vec![control.1.as_fd(), vsock.1.as_fd(), console.1.as_fd(), overlay.as_fd()];
-        for own in &own {
-            roles.push(Role::DiskOverlay);
-            fds.push(own.as_fd());
-        }
-        send(self.control(), &Command::Fork { fds: roles, name: "copy".into() }, &fds)?;
+        let Private { control, console, vsock, mut overlays } = room.private()?;
+        overlays.extend(self.own_overlays(room)?);
+        let carried = [
+            (Role::Control, control.1.as_fd()),
+            (Role::VsockListener, vsock.1.as_fd()),
+            (Role::Console, console.1.as_fd()),
+        ];
+        let (roles, fds) = request(&overlays, &carried);
+        send(self.control(), &Command::Fork { fds: roles, name: "copy".into(), disk_bytes: None }, &fds)?;
         drop(fds);
         drop((control.1, console.1));
         expect_forked(event(self.control())?)?;
@@ -226,7 +242,7 @@ pub(crate) trait Source {
     }
 }
 
-/// What a request carries: `carried`, and overlays for the source itself.
+/// What a message carries: `carried`, and overlays.
 fn request<'a>(own: &'a [File], carried: &[(Role, BorrowedFd<'a>)]) -> (Vec<Role>, Vec<BorrowedFd<'a>>) {
     let own = own.iter().map(|file| (Role::DiskOverlay, file.as_fd()));
     carried.iter().copied().chain(own).unzip()
@@ -258,7 +274,7 @@ impl Source for Handle {
     }
 
     fn own_overlays(&self, room: &Room) -> Result<Vec<File>, Failure> {
-        Ok(vec![room.scratch()?])
+        room.overlays()
     }
 }
 
@@ -268,7 +284,7 @@ impl Source for Running {
     }
 
     fn own_overlays(&self, room: &Room) -> Result<Vec<File>, Failure> {
-        Ok(vec![room.scratch()?])
+        room.overlays()
     }
 }
 

@@ -8,8 +8,8 @@ use forkd_memory::Layer;
 use forkd_memory::layer::DATA_OFFSET;
 use forkd_proto::monitor::Contents;
 use forkd_store::pack::{PackOptions, UnpackOptions};
-use forkd_store::{Boot, CpuFacts, ParentRef, Snapshot, SnapshotMeta, Store};
-use forkd_types::{Digest, Tag};
+use forkd_store::{Boot, CpuFacts, ParentRef, Snapshot, SnapshotMeta, Store, Volume};
+use forkd_types::{Digest, Tag, VolumePolicy};
 use proptest::prelude::*;
 use proptest::sample::Index;
 
@@ -98,7 +98,7 @@ pub(crate) struct Family {
     room: Room,
     store: Store,
     boot: Boot,
-    base: Digest,
+    bases: Vec<Digest>,
     running: Vec<Node<Running>>,
     frozen: Vec<Node<Still>>,
     kept: Vec<Kept>,
@@ -134,8 +134,13 @@ impl Family {
             Ok(store.import_file(&path)?)
         };
         let kernel = blob("kernel", &guest::kernel())?;
-        let base = blob("disk", &guest::disk_image())?;
-        let guest = monitor::boot(&room, &File::open(directory.join("kernel"))?, &File::open(directory.join("disk"))?)?;
+        let (mut bases, mut images) = (Vec::new(), Vec::new());
+        for number in 0..guest::DISKS {
+            let name = format!("disk-{number}");
+            bases.push(blob(&name, &guest::disk_image(number))?);
+            images.push(File::open(directory.join(name))?);
+        }
+        let guest = monitor::boot(&room, &File::open(directory.join("kernel"))?, &images)?;
         let boot = Boot {
             kernel,
             initramfs: None,
@@ -149,7 +154,7 @@ impl Family {
             room,
             store,
             boot,
-            base,
+            bases,
             running: vec![first],
             frozen: Vec::new(),
             kept: Vec::new(),
@@ -341,8 +346,12 @@ impl Family {
         let staged = self.store.stage(&tag)?;
         let facts = source.write(&self.room, staged.dir(), contents, meanwhile)?;
         let bytes = staged.vmstate_bytes()?;
-        let bases = [(self.base, guest::DISK_BYTES as u64)];
+        let bases: Vec<_> = self.bases.iter().map(|base| (*base, guest::DISK_BYTES as u64)).collect();
         let mut meta = SnapshotMeta::new(tag.clone(), 1, &facts, bytes, &bases, self.boot.clone());
+        meta.set_volumes(
+            [("/shared", VolumePolicy::SharedRo), ("/data", VolumePolicy::Private)]
+                .map(|(path, policy)| Volume { path: path.parse().expect("a legal place"), policy }),
+        );
         meta.parent = parent.map(|parent| ParentRef { tag: parent.meta.tag, digest: parent.digest });
         self.store.publish(staged, meta, false)?;
         self.added(&tag, model)?;
@@ -391,9 +400,12 @@ impl Family {
         let chain = self.store.chain(tag)?;
         let newest = chain.last().ok_or("a chain ends in its snapshot")?;
         let memory: Vec<PathBuf> = chain.iter().flat_map(Snapshot::memory_layers).collect();
-        let disk: Vec<PathBuf> = chain.iter().flat_map(|snapshot| snapshot.disk_layers(0)).collect();
-        let base = self.store.root().join("blobs").join(self.base.hex());
-        monitor::zygote(&newest.vmstate(), &memory, &base, &disk)
+        let disk = |(number, base): (usize, &Digest)| {
+            let layers = chain.iter().flat_map(|snapshot| snapshot.disk_layers(number)).collect();
+            (self.store.root().join("blobs").join(base.hex()), layers)
+        };
+        let disks: Vec<_> = self.bases.iter().enumerate().map(disk).collect();
+        monitor::zygote(&newest.vmstate(), &memory, &disks)
     }
 }
 
@@ -405,7 +417,7 @@ fn expect_steps(copy: &Model, source: &Model) -> Result<(), Failure> {
     }
 }
 
-/// What a snapshot's files say that memory and disk hold, read without the code that restores from them.
+/// What a snapshot's files say that memory and disks hold, read without the code that restores from them.
 fn content(chain: &[Snapshot]) -> Result<Content, Failure> {
     let mut content = Model::default().content();
     content.window.fill(0);
@@ -413,8 +425,10 @@ fn content(chain: &[Snapshot]) -> Result<Content, Failure> {
         for path in snapshot.memory_layers() {
             lay(&path, guest::WINDOW, &mut content.window)?;
         }
-        for path in snapshot.disk_layers(0) {
-            lay(&path, 0, &mut content.disk)?;
+        for (number, disk) in guest::WRITTEN.into_iter().zip(&mut content.disks) {
+            for path in snapshot.disk_layers(number) {
+                lay(&path, 0, disk)?;
+            }
         }
     }
     Ok(content)

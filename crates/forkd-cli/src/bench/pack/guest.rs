@@ -42,6 +42,7 @@ pub(super) fn write(store: &Store, tag: &Tag, memory_bytes: u64) -> anyhow::Resu
         memory_pages: memory.pages.0,
         memory_zero_pages: 0,
         disks: vec![(disk.digest, disk.pages.0)],
+        disk_numbers: vec![0],
         disk_zero_blocks: vec![0],
         stored_bytes: 0,
     };

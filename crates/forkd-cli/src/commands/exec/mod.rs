@@ -10,7 +10,7 @@ use forkd_proto::agent::Exec;
 use forkd_types::SandboxId;
 use serde_json::{Value, json};
 
-use super::{Context, no_sandbox, sandbox_error, silent};
+use super::{Context, lost, no_sandbox, sandbox_error};
 use crate::direct_agent::{DirectAgent, DirectArgs};
 use crate::failure::advised;
 use crate::{output, terminal};
@@ -56,8 +56,12 @@ impl ExecArgs {
     pub(crate) async fn run(self, context: &Context) -> anyhow::Result<u8> {
         match (&self.sandbox, self.direct.agent()) {
             (Some(sandbox), _) => {
-                let connection = context.client().await?.agent(sandbox).await.map_err(sandbox_error)?;
-                session::run(connection, &self.exec()).await.map_err(|error| silent(error, sandbox))
+                let client = context.client().await?;
+                let connection = client.agent(sandbox).await.map_err(sandbox_error)?;
+                match session::run(connection, &self.exec()).await {
+                    Err(error) => Err(lost(&client, error, sandbox).await),
+                    done => done,
+                }
             }
             (None, Some(agent)) => self.run_directly(agent).await,
             (None, None) => self.run_directly(DirectAgent::usual().await.ok_or_else(|| no_sandbox("exec"))?).await,

@@ -5,7 +5,7 @@
 //! tries again, while one whose packets go astray, or that is accepted and hears nothing, gives up.
 
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::time::{Duration, Instant};
 
 use forkd_types::SandboxId;
@@ -57,6 +57,16 @@ pub(super) enum BridgeError {
         /// Why.
         source: io::Error,
     },
+}
+
+/// Reads an address, or a name and a port that has one. An empty one is the usual.
+pub(super) fn address(text: &str) -> Result<SocketAddr, String> {
+    if text.is_empty() {
+        return Ok(usual_address());
+    }
+    let wrong = |why: &dyn std::fmt::Display| format!("{why}; write ADDRESS:PORT, as in 127.0.0.1:8888 or [::1]:8888");
+    let mut found = text.to_socket_addrs().map_err(|error| wrong(&error))?;
+    found.next().ok_or_else(|| wrong(&"no address has this name"))
 }
 
 /// An address of this host at which the agent is going to be.
@@ -132,6 +142,23 @@ async fn ready(client: &Client, sandbox: &SandboxId) -> Result<(), BridgeError> 
             Ok(_) => return Ok(()),
             Err(ClientError::Agent(_)) if began.elapsed() < READY_LIMIT => tokio::time::sleep(TRY_EVERY).await,
             Err(source) => return Err(BridgeError::NotReady { sandbox: sandbox.clone(), source }),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_is_numbers_or_a_name_with_a_port() {
+        assert_eq!(address("127.0.0.1:8888"), Ok(([127, 0, 0, 1], 8888).into()));
+        assert_eq!(address("[::1]:80").map(|address| address.port()), Ok(80));
+        assert!(address("localhost:8888").is_ok_and(|address| address.ip().is_loopback()));
+        // What a script that sets it to nothing means.
+        assert_eq!(address(""), Ok(usual_address()));
+        for wrong in ["8888", "127.0.0.1", "127.0.0.1:port"] {
+            assert!(address(wrong).is_err_and(|why| why.contains("ADDRESS:PORT")), "{wrong}");
         }
     }
 }

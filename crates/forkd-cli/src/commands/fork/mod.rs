@@ -17,6 +17,7 @@ use self::bridge::{Bridge, Landing};
 use super::spawn::ChildOptions;
 use super::{Context, spawn_error};
 use crate::children::Children;
+use crate::environment;
 use crate::interrupt::Interrupts;
 use crate::output;
 
@@ -35,7 +36,8 @@ pub(crate) struct ForkArgs {
     #[command(flatten)]
     options: ChildOptions,
     /// Where the agent of a single child can be reached from this host while it is held
-    #[arg(long, value_name = "ADDRESS:PORT", default_value_t = bridge::usual_address())]
+    #[arg(long, value_name = "ADDRESS:PORT", env = environment::FORKD_TARGET, value_parser = bridge::address,
+          default_value_t = bridge::usual_address())]
     listen: SocketAddr,
     /// Accepted for existing scripts: there is no work directory
     #[arg(long, hide = true)]
