@@ -52,12 +52,15 @@ pub(crate) fn run(selection: &[String]) -> Result<()> {
 }
 
 fn build(selection: &[String]) -> Result<Vec<Program>> {
-    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
-        .args(["test", "--no-run", "--message-format=json-render-diagnostics"])
-        .args(selection)
-        .stdout(Stdio::piped())
-        .spawn()
-        .context("cannot run cargo")?;
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.args(["test", "--no-run", "--message-format=json-render-diagnostics"]).args(selection);
+    // What cargo tells this program of its own package; a build script that looks at it would run again each time.
+    for (name, _) in std::env::vars_os() {
+        if name.to_str().is_some_and(|name| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_")) {
+            cargo.env_remove(name);
+        }
+    }
+    let mut cargo = cargo.stdout(Stdio::piped()).spawn().context("cannot run cargo")?;
     let mut programs = Vec::new();
     if let Some(messages) = cargo.stdout.take() {
         for message in Message::parse_stream(BufReader::new(messages)) {
