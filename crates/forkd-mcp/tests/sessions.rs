@@ -8,7 +8,7 @@ use axum::http::{Request as HttpRequest, StatusCode, header};
 use forkd_api::{Api, router};
 use forkd_mcp::http::{HttpError, HttpServer};
 use forkd_mcp::{Body, CallError, Calling, Daemon, Request, Server};
-use forkd_node::{Node, NodeConfig};
+use forkd_node::{LimitsMode, Node, NodeConfig};
 use http_body_util::BodyExt;
 use rmcp::model::{CallToolRequestParams, CallToolResult};
 use rmcp::service::RunningService;
@@ -52,7 +52,9 @@ impl InProcess {
 
 async fn daemon() -> Arc<InProcess> {
     let directory = tempfile::tempdir().expect("tempdir");
-    let config = NodeConfig::new(directory.path(), Path::new("/nonexistent/forkd-vmm")).expect("short path");
+    let mut config = NodeConfig::new(directory.path(), Path::new("/nonexistent/forkd-vmm")).expect("short path");
+    // A spawn asks for a memory limit; not every host that tests run on can keep it.
+    config.limits = LimitsMode::Off;
     let node = Node::start(config).await.expect("an empty node starts");
     Arc::new(InProcess { router: router(Api::new(node), None, None), _directory: directory })
 }

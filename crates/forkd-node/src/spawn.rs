@@ -75,9 +75,10 @@ pub(crate) async fn spawn(
     let order = Order::check(request.n, limits, timeout, arrived)?;
     let order = Order { shows_netns: request.per_child_netns, ..order };
     let warning = host.groups.check(&order.limits)?;
-    let promises = promises(host, &order)?;
     let key = ZygoteKey { tag: request.snapshot_tag.parse()?, huge_pages: request.hugepages };
     let zygote = zygotes.lease(&key).await?;
+    // Last, so that nobody is told to wait for room who asked for what there is not.
+    let promises = promises(host, &order)?;
     let origin = Origin {
         snapshot_tag: key.tag,
         snapshot_digest: Some(zygote.snapshot_digest),
