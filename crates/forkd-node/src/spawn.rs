@@ -74,10 +74,10 @@ pub(crate) async fn spawn(
     let limits = limits::asked(request.memory_limit_mib, request.limits);
     let order = Order::check(request.n, limits, timeout, arrived)?;
     let order = Order { shows_netns: request.per_child_netns, ..order };
-    let warning = host.groups.check(&order.limits)?;
     let key = ZygoteKey { tag: request.snapshot_tag.parse()?, huge_pages: request.hugepages };
     let zygote = zygotes.lease(&key).await?;
-    // Last, so that nobody is told to wait for room who asked for what there is not.
+    // After that, so that nobody is told what the host lacks who asked for what there is not.
+    let warning = host.groups.check(&order.limits)?;
     let promises = promises(host, &order)?;
     let origin = Origin {
         snapshot_tag: key.tag,

@@ -40,7 +40,8 @@ impl EmptyDaemon {
         let directory = tempfile::tempdir()?;
         let log = std::fs::File::create(directory.path().join("log"))?;
         let mut process = Command::new(programs.join("forkd-controller"))
-            .args(["serve", "--bind", "127.0.0.1:0", "--kill-on-exit", "--state-dir"])
+            // Nothing of this host's network is to be changed, and no sandbox will need one.
+            .args(["serve", "--network", "off", "--bind", "127.0.0.1:0", "--kill-on-exit", "--state-dir"])
             .arg(directory.path().join("state"))
             .stdin(Stdio::null())
             .stderr(log)
