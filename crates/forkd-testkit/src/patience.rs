@@ -20,7 +20,7 @@ use crate::{Host, Output};
 /// How long one command may take before it is taken for hung.
 const PATIENCE: Duration = Duration::from_secs(300);
 /// How often a test that lost its guest is begun.
-const ATTEMPTS: u32 = 4;
+const ATTEMPTS: u32 = 6;
 /// What a test says when its guest or the machine around it was lost.
 const LOST: [&str; 23] = [
     "was taken for hung",
