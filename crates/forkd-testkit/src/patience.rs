@@ -22,7 +22,7 @@ const PATIENCE: Duration = Duration::from_secs(300);
 /// How often a test that lost its guest is begun.
 const ATTEMPTS: u32 = 6;
 /// What a test says when its guest or the machine around it was lost.
-const LOST: [&str; 23] = [
+const LOST: [&str; 24] = [
     "was taken for hung",
     "no answer within",
     "closed the connection",
@@ -38,6 +38,7 @@ const LOST: [&str; 23] = [
     "time limit",
     "the machine",
     "did not leave the guest",
+    "no forkd daemon answers",
     // The same, as clients in Python and JavaScript say it.
     "Remote end closed connection",
     "Connection refused",
