@@ -74,34 +74,27 @@ fn connects(to: SocketAddr) -> bool {
     TcpStream::connect_timeout(&to, Duration::from_millis(700)).is_ok()
 }
 
+/// Everything that a server says to whoever connects.
+fn said_at(server: SocketAddr) -> String {
+    let mut text = String::new();
+    let mut stream = TcpStream::connect_timeout(&server, Duration::from_secs(5)).expect("connect");
+    stream.read_to_string(&mut text).expect("read");
+    text
+}
+
 fn reach(stage: &Stage) {
     let networks = networks(stage, 1);
     let lease = lease(&networks, "sb-1");
     let guest = Guest::plug_in(&lease);
     // The agent's port from inside the namespace.
     let serving = guest.serve(AGENT.port());
-    let answer = stage.within(&lease.netns(), || {
-        let mut text = String::new();
-        TcpStream::connect_timeout(&AGENT, Duration::from_secs(5))
-            .expect("connect")
-            .read_to_string(&mut text)
-            .expect("read");
-        text
-    });
+    let answer = stage.within(&lease.netns(), || said_at(AGENT));
     assert_eq!(answer, "10.42.0.1", "the agent sees the gateway");
     drop(serving);
     guest.within(|| guest::ping(Ipv4Addr::new(10, 42, 0, 1)));
     // Out by way of the host, whose address is seen there.
     let server = stage.serve_on_the_internet(80);
-    let seen = guest.within(|| {
-        let mut text = String::new();
-        let to = SocketAddr::from((INTERNET, 80));
-        TcpStream::connect_timeout(&to, Duration::from_secs(5))
-            .expect("connect")
-            .read_to_string(&mut text)
-            .expect("read");
-        text
-    });
+    let seen = guest.within(|| said_at((INTERNET, 80).into()));
     assert_eq!(seen, stage::HOST.to_string(), "addresses of links do not leave the host");
     drop(server);
     // The host itself, by any of its addresses; the cloud's metadata service, which the host reaches.
@@ -128,14 +121,7 @@ fn siblings(stage: &Stage) {
     let guests = leases.each_ref().map(Guest::plug_in);
     let serving = guests.each_ref().map(|guest| guest.serve_word(8888, guest.name()));
     for (lease, guest) in leases.iter().zip(&guests) {
-        let answer = stage.within(&lease.netns(), || {
-            let mut text = String::new();
-            TcpStream::connect_timeout(&AGENT, Duration::from_secs(5))
-                .expect("connect")
-                .read_to_string(&mut text)
-                .expect("read");
-            text
-        });
+        let answer = stage.within(&lease.netns(), || said_at(AGENT));
         assert_eq!(answer, guest.name(), "each namespace has its own guest");
     }
     drop(serving);

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from types import TracebackType
 from typing import (
     IO,
     TYPE_CHECKING,
@@ -15,7 +14,6 @@ from typing import (
     Mapping,
     Optional,
     Sequence,
-    Type,
     TypeVar,
     cast,
 )
@@ -24,6 +22,7 @@ from . import _calls, _retries, _workspace_calls
 from ._address import Address, resolve_token
 from ._aio_events import AsyncEventStream
 from ._calls import Call
+from ._contexts import AsyncContext
 from .errors import ControllerError, DaemonUnreachable, MissingExtra, answer
 from .types import (
     BranchMode,
@@ -45,7 +44,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class AsyncController:
+class AsyncController(AsyncContext):
     """A forkd daemon; what :class:`forkd.Controller` has, as coroutines.
 
     It keeps connections, which :meth:`aclose` or the end of an ``async with`` gives back.
@@ -78,15 +77,7 @@ class AsyncController:
         """Closes its connections."""
         await self._http.aclose()
 
-    async def __aenter__(self) -> AsyncController:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: Optional[Type[BaseException]],
-        error: Optional[BaseException],
-        traceback: Optional[TracebackType],
-    ) -> None:
+    async def _leave(self) -> None:
         await self.aclose()
 
     # Snapshots.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, AsyncIterator, Dict, Mapping, Optional, Tuple, Type, Union
+from typing import TYPE_CHECKING, Any, AsyncIterator, Dict, Mapping, Optional, Tuple, Union
 
 from . import _calls, _streams
+from ._contexts import AsyncContext
 from .errors import MissingExtra, answer
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ._aio_controller import AsyncController
 
 
-class AsyncProcess:
+class AsyncProcess(AsyncContext):
     """What :class:`forkd.Process` is, as coroutines."""
 
     def __init__(self, connection: ClientConnection) -> None:
@@ -101,15 +101,7 @@ class AsyncProcess:
         """Gives it up; it is killed if it runs."""
         await self._connection.close()
 
-    async def __aenter__(self) -> AsyncProcess:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: Optional[Type[BaseException]],
-        error: Optional[BaseException],
-        traceback: Optional[TracebackType],
-    ) -> None:
+    async def _leave(self) -> None:
         await self.close()
 
     async def _next(self, timeout: Optional[float]) -> _streams.ExecEvent:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from types import TracebackType
 from typing import Any, Dict, List, Mapping, Optional, Tuple, Type, TypeVar
 
 from . import _calls, _streams
@@ -11,6 +10,7 @@ from ._aio_controller import AsyncController
 from ._aio_files import AsyncFiles
 from ._aio_process import AsyncProcess
 from ._calls import Command
+from ._contexts import AsyncContext
 from .commands import CommandResult, Output, Receiver
 from .errors import ControllerError, EvalError
 from .types import BranchMode, CheckpointInfo, OnTimeout, SandboxInfo, SnapshotInfo
@@ -18,7 +18,7 @@ from .types import BranchMode, CheckpointInfo, OnTimeout, SandboxInfo, SnapshotI
 S = TypeVar("S", bound="AsyncSandbox")
 
 
-class AsyncSandbox:
+class AsyncSandbox(AsyncContext):
     """A running copy of a snapshot; what :class:`forkd.Sandbox` has, as coroutines.
 
     ::
@@ -130,15 +130,7 @@ class AsyncSandbox:
             if self._owns_controller:
                 await self.controller.aclose()
 
-    async def __aenter__(self: S) -> S:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: Optional[Type[BaseException]],
-        error: Optional[BaseException],
-        traceback: Optional[TracebackType],
-    ) -> None:
+    async def _leave(self) -> None:
         await self.kill()
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import http.client
 import time
-from types import TracebackType
-from typing import IO, TYPE_CHECKING, Iterator, Optional, Type
+from typing import IO, TYPE_CHECKING, Iterator, Optional
 
 from . import _calls, _streams
+from ._calls import Call
+from ._contexts import Context
 from .errors import ControllerError
 from .types import Event
 
@@ -21,7 +22,39 @@ COMES_BACK = (429, 502, 503, 504)
 """Answers to the attempt to come again that say nothing for good."""
 
 
-class EventStream(Iterator[Event]):
+class Following:
+    """Where a stream is in the order of events, and when it comes again."""
+
+    def __init__(self, sandbox_id: Optional[str], after: Optional[int], patience: float) -> None:
+        self._sandbox_id = sandbox_id
+        self._patience = patience
+        self._retry_secs = 1.0
+        self.last_id = after
+        """Id of the last event, with which a later stream goes on: ``events(after=…)``."""
+
+    def _call(self) -> Call[None]:
+        return _calls.events(self._sandbox_id, self.last_id)
+
+    def _take(self, line: str) -> _streams.ServerLine:
+        said = _streams.server_line(line)
+        if said.last_id is not None:
+            self.last_id = said.last_id
+        if said.retry_secs is not None:
+            self._retry_secs = said.retry_secs
+        return said
+
+    def _deadline(self) -> float:
+        """When a daemon that went away now is not waited for any longer."""
+        return time.monotonic() + self._patience
+
+
+def is_final(error: Exception, deadline: float) -> bool:
+    """Whether a stream whose attempt to come again ended in ``error`` ends with it."""
+    for_good = isinstance(error, ControllerError) and error.status not in COMES_BACK
+    return for_good or time.monotonic() > deadline
+
+
+class EventStream(Following, Context, Iterator[Event]):
     """Events since it was made; see :meth:`Controller.events`.
 
     It comes again by itself when its connection breaks, and goes on after the last event it has given. A daemon that is
@@ -31,13 +64,9 @@ class EventStream(Iterator[Event]):
     def __init__(
         self, controller: Controller, sandbox_id: Optional[str], after: Optional[int], patience: float
     ) -> None:
+        super().__init__(sandbox_id, after, patience)
         self._controller = controller
-        self._sandbox_id = sandbox_id
-        self._patience = patience
-        self._retry_secs = 1.0
         self._closed = False
-        self.last_id = after
-        """Id of the last event, with which a later stream goes on: ``events(after=…)``."""
         self._lines: IO[bytes]
         self._connect()
 
@@ -47,7 +76,7 @@ class EventStream(Iterator[Event]):
             if not line:
                 self._come_again()
                 continue
-            said = self._take(line)
+            said = self._take(line.decode())
             if said.event is not None:
                 return said.event
         raise StopIteration
@@ -57,24 +86,16 @@ class EventStream(Iterator[Event]):
         self._closed = True
         self._lines.close()
 
-    def __enter__(self) -> EventStream:
-        return self
-
-    def __exit__(
-        self,
-        kind: Optional[Type[BaseException]],
-        error: Optional[BaseException],
-        traceback: Optional[TracebackType],
-    ) -> None:
+    def _leave(self) -> None:
         self.close()
 
     def _connect(self) -> None:
-        self._lines = self._controller.open(_calls.events(self._sandbox_id, self.last_id), limit=SILENCE)
+        self._lines = self._controller.open(self._call(), limit=SILENCE)
         # The greeting says where it is in the order of events, so that nothing is missed from here on, and ends in when
         # to come again.
         while True:
             line = self._line()
-            if not line or self._take(line).retry_secs is not None:
+            if not line or self._take(line.decode()).retry_secs is not None:
                 return
 
     def _line(self) -> bytes:
@@ -84,24 +105,15 @@ class EventStream(Iterator[Event]):
         except (OSError, http.client.HTTPException):
             return b""
 
-    def _take(self, line: bytes) -> _streams.ServerLine:
-        said = _streams.server_line(line.decode())
-        if said.last_id is not None:
-            self.last_id = said.last_id
-        if said.retry_secs is not None:
-            self._retry_secs = said.retry_secs
-        return said
-
     def _come_again(self) -> None:
         self._lines.close()
-        deadline = time.monotonic() + self._patience
+        deadline = self._deadline()
         while True:
             time.sleep(self._retry_secs)
             try:
                 self._connect()
                 return
             except (ControllerError, OSError, http.client.HTTPException) as error:
-                for_good = isinstance(error, ControllerError) and error.status not in COMES_BACK
-                if for_good or time.monotonic() > deadline:
+                if is_final(error, deadline):
                     self._closed = True
                     raise

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Dict, Iterator, Mapping, Optional, Tuple, Type, Union
+from typing import TYPE_CHECKING, Any, Dict, Iterator, Mapping, Optional, Tuple, Union
 
 from . import _calls, _streams
+from ._contexts import Context
 from .errors import MissingExtra, answer
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .controller import Controller
 
 
-class Process:
+class Process(Context):
     """A program that was started with ``commands.start`` or ``pty``.
 
     Iterating yields ``(stream, bytes)`` as output comes, ``stream`` being ``"stdout"`` or ``"stderr"``, until the
@@ -120,15 +120,7 @@ class Process:
         """Gives it up; it is killed if it runs."""
         self._held.close()
 
-    def __enter__(self) -> Process:
-        return self
-
-    def __exit__(
-        self,
-        kind: Optional[Type[BaseException]],
-        error: Optional[BaseException],
-        traceback: Optional[TracebackType],
-    ) -> None:
+    def _leave(self) -> None:
         self.close()
 
     def _next(self, timeout: Optional[float]) -> _streams.ExecEvent:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from types import TracebackType
 from typing import Any, ClassVar, Dict, List, Optional, Type, TypeVar
 
 from . import _calls
 from ._agent_link import ForegroundFork, ask
+from ._contexts import Context
 from .commands import CommandResult, Commands
 from .controller import Controller
 from .errors import ControllerError, EvalError, NotOverRest
@@ -21,7 +21,7 @@ __all__ = ["CommandResult", "Sandbox"]
 S = TypeVar("S", bound="Sandbox")
 
 
-class Sandbox:
+class Sandbox(Context):
     """A running copy of a snapshot.
 
     :meth:`spawn` makes one through the daemon, and all methods work on it::
@@ -221,15 +221,7 @@ class Sandbox:
                 if error.status != 404:
                     raise
 
-    def __enter__(self: S) -> S:
-        return self
-
-    def __exit__(
-        self,
-        kind: Optional[Type[BaseException]],
-        error: Optional[BaseException],
-        traceback: Optional[TracebackType],
-    ) -> None:
+    def _leave(self) -> None:
         self.kill()
 
     def _ask(self, message: Dict[str, Any]) -> Dict[str, Any]:
